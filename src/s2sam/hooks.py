@@ -1,0 +1,255 @@
+"""Ranked step hooks: the one place where this library hooks into a torch optimizer.
+
+Sharpness (`s2sam.sam`) and sparsity (`s2sam.sparse`) act on the same `optimizer.step()` and must do so in one order,
+whichever was attached first. Each optimizer therefore gets one :class:`StepHooks` with one torch pre-hook and one torch
+post-hook; both run the phases registered with them in rank order::
+
+    pre    CHECK      the raw gradients: sparse? finite? taken at the displaced point?
+           MASK       gradients of pruned weights become 0; a due topology update is announced
+           RESTORE    x -> w
+           (hide)     a skipped or replaced step hides all gradients, so that the base optimizer moves nothing
+    base optimizer step
+           (unhide)
+    post   REMASK     weights and optimizer state of pruned positions become 0
+           TOPOLOGY   masks change, state at changed positions is cleared
+           DIRECTION  the next displacement is prepared from the new masks
+
+With a closure the pre-phases run inside it, after the user's own closure has returned. Cost: no tensor work of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Closure = Callable[[], Any]
+_ATTRIBUTE = "_s2sam_step_hooks"
+
+
+class Phase(IntEnum):
+    """Rank of a phase; those below 100 run before the base step."""
+
+    CHECK = 0
+    MASK = 10
+    RESTORE = 20
+    REMASK = 100
+    TOPOLOGY = 110
+    DIRECTION = 120
+
+
+@dataclass(eq=False)
+class StepContext:
+    """What the phases of one `optimizer.step()` tell each other."""
+
+    optimizer: Optimizer
+    has_closure: bool = False
+    skip: bool = False  #: a gradient is not finite (known on the host): nothing at all may change
+    replace: bool = False  #: a topology update takes the place of the gradient step
+    found_inf: Tensor | None = None  #: 0-dim float on the device, 1 = skip; read by fused base steps, unknown to the host
+    hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    pre_done: bool = False
+    given: dict[str, Tensor] = field(default_factory=dict)  #: the `found_inf` a GradScaler had put on the optimizer
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All parameters of the optimizer, in group order."""
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that are there, in group order."""
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
+    def nothing_moved(self) -> bool:
+        """True if the base step was skipped; reads `found_inf` from the device, so ask only where a sync is affordable."""
+        return self.skip or (self.found_inf is not None and bool(self.found_inf))
+
+
+PhaseFunction = Callable[[StepContext], None]
+
+
+class Handle:
+    """Removes one registered phase again."""
+
+    def __init__(self, hooks: StepHooks, entry: tuple[Phase, PhaseFunction]) -> None:
+        self._hooks, self._entry = hooks, entry
+
+    def remove(self) -> None:
+        """Unregister the phase; calling it twice is harmless."""
+        self._hooks._remove(self._entry)
+
+
+class StepHooks:
+    """One pre- and one post-hook on an optimizer, running ranked phases. Get it with :func:`step_hooks`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        _check_hookable(optimizer)
+        self.optimizer = optimizer
+        self.gradient_masks: list[Callable[[], None]] = []  #: each zeroes the gradients of its pruned weights, in place
+        self.sharpness: object | None = None  #: the S2SAM or SAM attached here: there can be one
+        self.run_closure: Callable[[Closure], Any] | None = None  #: set by the sharpness method: how it calls the closure
+        self._phases: list[tuple[Phase, PhaseFunction]] = []
+        self._context: StepContext | None = None
+        self._torch_handles = (
+            optimizer.register_step_pre_hook(self._pre),
+            optimizer.register_step_post_hook(self._post),
+        )
+
+    def register(self, phase: Phase, function: PhaseFunction) -> Handle:
+        """Run `function(context)` in `phase` of every step; equal ranks run in the order of registration."""
+        entry = (phase, function)
+        self._phases.append(entry)
+        self._phases.sort(key=lambda e: e[0])
+        return Handle(self, entry)
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of all pruned weights now (SAM needs this before its first norm)."""
+        for mask in self.gradient_masks:
+            mask()
+
+    def _remove(self, entry: tuple[Phase, PhaseFunction]) -> None:
+        if entry in self._phases:
+            self._phases.remove(entry)
+
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._put_back()  # a base step that raised last time has left gradients hidden
+        closure = kwargs["closure"] if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+        self._context = context = StepContext(optimizer, has_closure=closure is not None)
+        if closure is None:
+            self._run_pre(context)
+            return None
+
+        def once() -> Any:
+            if context.pre_done:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} calls its closure more than once a step, which sharpness-aware and "
+                    "sparse training do not support; use an optimizer that calls it once"
+                )
+            with torch.enable_grad():
+                loss = closure() if self.run_closure is None else self.run_closure(closure)
+            with torch.no_grad():
+                self._run_pre(context)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": once}
+        return (args[0], once, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _run_pre(self, context: StepContext) -> None:
+        context.given = {k: v for k, v in vars(context.optimizer).items() if k == "found_inf"}
+        context.found_inf = context.given.get("found_inf")
+        for phase, function in list(self._phases):
+            if phase < Phase.REMASK:
+                function(context)
+        context.pre_done = True
+        if context.found_inf is not None:
+            context.optimizer.found_inf = context.found_inf  # type: ignore[attr-defined]
+        if context.skip or context.replace:
+            for p in context.parameters():
+                if p.grad is not None:
+                    context.hidden.append((p, p.grad))
+                    p.grad = None
+
+    @torch.no_grad()
+    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = self._context
+        if context is None or not context.pre_done:
+            raise RuntimeError(f"{type(optimizer).__name__} never called its closure; call step() without one")
+        self._put_back()
+        for phase, function in list(self._phases):
+            if phase >= Phase.REMASK:
+                function(context)
+
+    def _put_back(self) -> None:
+        """Undo what was done to the optimizer for the base step: hidden gradients and `found_inf`."""
+        context, self._context = self._context, None
+        if context is not None:
+            for p, grad in context.hidden:
+                p.grad = grad
+            if context.found_inf is not None:
+                vars(context.optimizer).pop("found_inf", None)
+                vars(context.optimizer).update(context.given)
+
+
+def step_hooks(optimizer: Optimizer) -> StepHooks:
+    """The :class:`StepHooks` of `optimizer`, made at the first call. Copies and pickles of the optimizer have none.
+
+    Raises:
+        TypeError: `optimizer` is not a torch optimizer.
+        ValueError: its step hooks never fire (wrappers that skip `Optimizer.__init__`) or it calls closures repeatedly.
+    """
+    hooks: StepHooks | None = getattr(optimizer, _ATTRIBUTE, None)
+    if hooks is None:
+        hooks = StepHooks(optimizer)
+        setattr(optimizer, _ATTRIBUTE, hooks)
+    return hooks
+
+
+def _check_hookable(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {name}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS calls its closure many times a step; use SGD, AdamW or another first-order optimizer")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks") or not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"the step hooks of {name} never fire (it does not call torch.optim.Optimizer.__init__, as Lookahead and "
+            "other wrappers do); attach to the optimizer it wraps"
+        )
+
+
+def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """One optimizer or several, as a list of distinct ones."""
+    found = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    if not found or len({id(o) for o in found}) != len(found):
+        raise ValueError("give one optimizer, or a non-empty list of different ones")
+    return found
+
+
+def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
+    """`value` as a float within [low, high], or a ValueError that names the argument."""
+    number = float(value)
+    if not low <= number <= high or math.isinf(number):
+        bounds = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+    return number
+
+
+def claim_sharpness(hooks: Iterable[StepHooks], owner: object, rho: float) -> None:
+    """Make `owner` the one sharpness method of these optimizers; `rho` goes into groups that have none of their own.
+
+    Raises:
+        ValueError: one has a sharpness method already, or a group's own rho is no finite number >= 0; nothing is changed.
+    """
+    hooks = list(hooks)
+    radii = []
+    for h in hooks:
+        if h.sharpness is not None:
+            raise ValueError(
+                f"this optimizer already has a {type(h.sharpness).__name__}; call its .remove() before attaching "
+                f"a {type(owner).__name__}"
+            )
+        old = h.optimizer.defaults.get("rho")  # left by a copy or a checkpoint: no group's own choice
+        radii.append([
+            rho if group.get("rho", old) == old else check_number("rho", group["rho"])
+            for group in h.optimizer.param_groups
+        ])  # fmt: skip
+    for h, per_group in zip(hooks, radii, strict=True):
+        h.sharpness = owner
+        h.optimizer.defaults["rho"] = rho
+        for group, radius in zip(h.optimizer.param_groups, per_group, strict=True):
+            group["rho"] = radius
+
+
+def release_sharpness(hooks: StepHooks) -> None:
+    """Undo :func:`claim_sharpness`."""
+    hooks.sharpness = hooks.run_closure = None
+    for group in [hooks.optimizer.defaults, *hooks.optimizer.param_groups]:
+        group.pop("rho", None)

@@ -1,0 +1,123 @@
+"""The displacement e and the two exact moves w -> x = w + e and x -> w, on lists of tensors.
+
+A parameter has one extra buffer b. Between windows p = w and b holds the direction d; inside a window p = x and b = w:
+the weights are copied back, never recomputed as (w + e) - e, so they return bit for bit in any dtype. If a window ends
+without a new direction (a skipped step, `restore()`), p and b are swapped: b then holds the *twin* x, and the next
+window opens by swapping again, at exactly the same x.
+
+Cost per opened and closed window, in bytes per fp32 parameter: displace 28 + restore 8 (swap 24).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2sam.sam.norms import total_norm
+
+SCRATCH_BYTES = 24 << 20  #: moves work through at most this much scratch memory (twice that where two are alive)
+Twin = bool | Tensor  #: does b hold x instead of d? A 0-dim float tensor (1 = yes) if only the device knows
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long e is: e = rho * size * |w|^power d / || |w|^(power / 2) d ||, with size = ||w|| if `relative`, else 1.
+
+    Zero weights (pruned ones) get e = 0 if power > 0; otherwise e is 0 where d is, which masked gradients ensure.
+    """
+
+    power: int = 0
+    relative: bool = False
+
+    def shaped(self, d: list[Tensor], w: list[Tensor], power: int) -> list[Tensor]:
+        """|w|^power d (power even), as new tensors unless power is 0."""
+        for _ in range(power):
+            d = list(torch._foreach_mul(d, w))
+        return d
+
+    def coefficient(self, rho: float, d_norm: Tensor, w_norm: Tensor | None) -> Tensor:
+        """The number c in e = c |w|^power d; 0 where the direction is 0."""
+        size = rho if w_norm is None else rho * w_norm
+        return (size / d_norm).nan_to_num_(0.0, 0.0, 0.0)
+
+    def direction_norm(self, d: list[Tensor], w: list[Tensor]) -> Tensor:
+        """|| |w|^(power / 2) d ||_2."""
+        if self.power == 0:
+            return total_norm(d)
+        parts = [total_norm(list(torch._foreach_mul(dd, ww))) for dd, ww in pieces(d, w)]
+        return total_norm(parts)
+
+
+SCALES = {"norm": Scale(), "relative": Scale(relative=True), "asam": Scale(power=2)}
+
+
+def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Cut parallel lists into runs whose first list has at most SCRATCH_BYTES, splitting large tensors by rows."""
+    run: list[tuple[Tensor, ...]] = []
+    room = SCRATCH_BYTES
+    for tensors in zip(*lists, strict=True):
+        size = tensors[0].numel() * tensors[0].element_size()
+        if size > SCRATCH_BYTES and tensors[0].dim() > 0 and tensors[0].shape[0] > 1:
+            rows = max(1, tensors[0].shape[0] * SCRATCH_BYTES // size)
+            for part in zip(*(t.split(rows) for t in tensors), strict=True):
+                yield tuple([t] for t in part)
+            continue
+        if run and size > room:
+            yield tuple(map(list, zip(*run, strict=True)))
+            run, room = [], SCRATCH_BYTES
+        run.append(tensors)
+        room -= size
+    if run:
+        yield tuple(map(list, zip(*run, strict=True)))
+
+
+def displace_(p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale) -> None:
+    """p: w -> w + c |w|^power d; b: -> w. `d` may be `b` itself."""
+    for w, keep, direction in pieces(p, b, d):
+        e = torch._foreach_mul(scale.shaped(direction, w, scale.power), c)
+        torch._foreach_copy_(keep, w)
+        torch._foreach_add_(w, e)
+
+
+def choose_(
+    p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale, twin: Tensor
+) -> None:
+    """:func:`displace_` where `twin` is 0 and :func:`swap_` where it is 1, without asking the host which."""
+    fresh = 1 - twin
+    for w, keep, direction in pieces(p, b, d):
+        if scale.power == 0:
+            e = torch._foreach_mul(direction, torch.where(twin > 0, twin.to(c.dtype), c))
+        else:
+            e = torch._foreach_mul(scale.shaped(direction, w, scale.power), c * fresh)
+            torch._foreach_add_(e, torch._foreach_mul(keep, twin))
+        torch._foreach_copy_(keep, w)
+        torch._foreach_mul_(w, fresh)
+        torch._foreach_add_(w, e)
+
+
+def restore_(p: list[Tensor], b: list[Tensor]) -> None:
+    """p: x -> w, exactly."""
+    torch._foreach_copy_(p, b)
+
+
+def swap_(p: list[Tensor], b: list[Tensor]) -> None:
+    """Exchange the contents of p and b, exactly; the storages stay where they are."""
+    for one, other in pieces(p, b):
+        scratch = torch._foreach_mul(one, 1)  # the cheapest exact copy of a list: one call
+        torch._foreach_copy_(one, other)
+        torch._foreach_copy_(other, scratch)
+
+
+def copy_unless_(b: list[Tensor], g: list[Tensor], found_inf: Tensor) -> None:
+    """b <- g where `found_inf` is 0, nothing where it is 1, without asking the host.
+
+    torch's fused SGD kernel does this in one pass: in its first step with momentum it *sets* the momentum buffer to the
+    gradient, unless `found_inf`. Here the buffer is b, and the parameters it would move (by lr = 0) are the gradients.
+    """
+    torch._fused_sgd_(
+        g, g, b, weight_decay=0.0, momentum=1.0, lr=0.0, dampening=0.0, nesterov=False, maximize=False,
+        is_first_step=True, grad_scale=None, found_inf=found_inf,
+    )  # fmt: skip

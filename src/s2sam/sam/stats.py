@@ -1,0 +1,96 @@
+"""What S2SAM measures about itself: always from the weights and gradients, never echoed from its settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from s2sam.hooks import StepContext
+from s2sam.sam.displacement import Scale
+from s2sam.sam.norms import total_dot, total_norm
+
+if TYPE_CHECKING:
+    from s2sam.sam.slot import Block, Slot
+
+
+class Stats:
+    """Last measured numbers, kept as device tensors until they are read."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._values: dict[str, Tensor | float] = {}
+        self._skipped = 0
+        self._skipped_on_device: Tensor | None = None
+        self._pending: list[tuple[Block, list[Tensor]]] = []
+
+    def due(self, step: int) -> bool:
+        """True if this step is measured."""
+        return self.every > 0 and step % self.every == 0
+
+    def count_skips(self, found: int | Tensor) -> None:
+        """Add a skipped step, or a device flag that says whether it was one."""
+        if isinstance(found, int):
+            self._skipped += found
+        elif self._skipped_on_device is None:
+            self._skipped_on_device = found.clone()
+        else:
+            self._skipped_on_device.add_(found)
+
+    def before_displace(self, closed: list[tuple[Slot, list[Block]]], scale: Scale) -> None:
+        """Keep a copy of the intended, unnormalised displacement |w|^power d of every block (twins: x - w)."""
+        self._pending = []
+        momentum, decay = [], []
+        for slot, blocks in closed:
+            for block in blocks:
+                if block.twin is True:
+                    aim = list(torch._foreach_sub(block.b, block.p))
+                else:
+                    aim = [t.clone() for t in scale.shaped(block.d, block.p, scale.power)]
+                self._pending.append((block, aim))
+            for group in slot.optimizer.param_groups if slot.momentum else ():
+                if group.get("weight_decay") and 0 < group.get("momentum", 0) < 1:
+                    have = [p for p in group["params"] if slot.buffer(p) is not None]
+                    momentum.append(total_norm([slot.momentum_of(p) for p in have]))
+                    decay.append(total_norm(have) * group["weight_decay"] / (1 - group["momentum"]))
+        if momentum:
+            self._values["decay_share"] = total_norm(decay) / total_norm(momentum)
+
+    def after_displace(self, sign: int) -> None:
+        """||x - w|| and the projection of x - w on the intended direction."""
+        moves: list[Tensor] = []
+        aims: list[Tensor] = []
+        for block, aim in self._pending:
+            moves += [p.detach().to(_wide(p)) - b for p, b in zip(block.p, block.b, strict=True)]
+            aims += [a * (1 if block.twin is True else sign) for a in aim]
+        self._pending = []
+        self._values["displacement"] = total_norm(moves)
+        self._values["projection"] = (total_dot(moves, aims) / total_norm(aims)).nan_to_num(0.0)
+
+    def at_step(self, slot: Slot, context: StepContext, sign: int) -> None:
+        """Gradient norm over active coordinates, and its cosine with the direction of the window that ends."""
+        gradients = context.gradients()
+        if not gradients:
+            return
+        norm = total_norm(gradients)
+        loss_scale = getattr(context.optimizer, "grad_scale", None)
+        self._values["gradient_norm"] = norm if loss_scale is None else norm / loss_scale
+        g: list[Tensor] = []
+        e: list[Tensor] = []
+        for block in slot.blocks:
+            for p, b in zip(block.p, block.b, strict=True):
+                if p.grad is not None:
+                    g.append(p.grad)
+                    e.append((p.detach().to(_wide(p)) - b) * sign)
+        if g:
+            self._values["alignment"] = (total_dot(g, e) / (total_norm(g) * total_norm(e))).nan_to_num(0.0)
+
+    def read(self, step: int) -> dict[str, float]:
+        """All numbers as floats."""
+        skipped = self._skipped + (0 if self._skipped_on_device is None else float(self._skipped_on_device))
+        return {"step": float(step), "skipped": float(skipped)} | {k: float(v) for k, v in self._values.items()}
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return t.dtype if t.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32

@@ -1,0 +1,129 @@
+"""SAM: the two-gradient method that S2SAM is measured against, as hooks on any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2sam.hooks import Closure, Phase, StepContext, check_number, claim_sharpness, release_sharpness, step_hooks
+from s2sam.sam.displacement import SCALES, pieces, restore_
+from s2sam.sam.norms import all_finite, by_kind, total_norm
+
+
+class SAM:
+    r"""Displace by the gradient of the same batch, then step from the clean weights with the second gradient.
+
+    .. math::
+        e_t = \rho\, \nabla L_t(w_t) / \|\nabla L_t(w_t)\|_2, \qquad g_t = \nabla L_t(w_t + e_t), \qquad
+        w_{t+1} = w_t - \eta\,\mathrm{base}(g_t, w_t)
+
+    Use it as `loss = optimizer.step(closure)`: the closure runs forward and backward and returns the loss, and is called
+    exactly twice. Gradients are cleared before the second call, masks of an attached sparsifier act before the norm,
+    and the loss returned is the first one. With `model`, buffers (BatchNorm statistics) come from the first pass.
+
+    Args:
+        optimizer: any first-order torch optimizer.
+        model: Module or list of Modules whose buffers the second pass must not change.
+        rho: radius, >= 0, put into every param_group that has no "rho" of its own.
+        scale: "norm", "relative" or "asam", as in :class:`~s2sam.sam.single_step.S2SAM`.
+
+    Raises:
+        ValueError: as S2SAM.
+        RuntimeError: step() without a closure, which is also what a GradScaler does.
+
+    Cost: two gradients a step; one copy of the parameters while the second is computed.
+
+    Source: Foret et al., ICLR 2021; buffers from the first pass as in google-research/sam:sam_jax.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0]))
+        >>> optimizer = torch.optim.SGD([w], lr=0.1)
+        >>> sam = SAM(optimizer, rho=0.5)
+        >>> def closure():
+        ...     loss = (w ** 2).sum() / 2
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).item(), round(w.item(), 4)    # 3 - 0.1 * (3 + 0.5)
+        (4.5, 2.65)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = 0.05,
+        scale: str = "norm",
+    ) -> None:
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
+        check_number("rho", rho)
+        self.optimizer, self.scale = optimizer, SCALES[scale]
+        self._models = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
+        self._hooks = step_hooks(optimizer)
+        claim_sharpness([self._hooks], self, rho)
+        self._hooks.run_closure = self._two_passes
+        self._handle = self._hooks.register(Phase.CHECK, self._check)
+        self._finite = True
+
+    def remove(self) -> None:
+        """Take everything off the optimizer again."""
+        self._handle.remove()
+        release_sharpness(self._hooks)
+
+    def _check(self, context: StepContext) -> None:
+        if not context.has_closure:
+            raise RuntimeError(
+                "SAM computes two gradients a step: call optimizer.step(closure) with a closure that runs forward and "
+                "backward and returns the loss; a GradScaler cannot do that, so use bfloat16 autocast (or S2SAM) with it"
+            )
+        context.skip = not (self._finite and all_finite(context.gradients()))
+
+    def _two_passes(self, closure: Closure) -> Any:
+        loss = closure()
+        self._hooks.mask_gradients()
+        groups = [(float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups]
+        blocks = [(rho, ps) for rho, params in groups if rho > 0 for ps in by_kind(params)]
+        self._finite = all_finite([p.grad for _, ps in blocks for p in ps if p.grad is not None])
+        if not blocks or not self._finite:
+            return loss
+        with self._displaced(blocks), self._frozen_buffers():
+            closure()
+        return loss
+
+    @contextmanager
+    def _displaced(self, blocks: list[tuple[float, list[Tensor]]]) -> Iterator[None]:
+        """w -> w + e, with the gradients cleared; back to w exactly, whatever happens inside."""
+        with torch.no_grad():
+            gradients = [[p.grad for p in ps if p.grad is not None] for _, ps in blocks]
+            weights = [list(torch._foreach_mul(ps, 1)) for _, ps in blocks]
+            norm = total_norm([self.scale.direction_norm(g, ps) for g, (_, ps) in zip(gradients, blocks, strict=True)])
+            size = total_norm([p for _, ps in blocks for p in ps]) if self.scale.relative else None
+            for g, (rho, ps) in zip(gradients, blocks, strict=True):
+                c = self.scale.coefficient(rho, norm, size).to(ps[0].device)
+                for w, d in pieces(ps, g):
+                    torch._foreach_add_(w, torch._foreach_mul(self.scale.shaped(d, w, self.scale.power), c))
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, ps), saved in zip(blocks, weights, strict=True):
+                    restore_(ps, saved)
+
+    @contextmanager
+    def _frozen_buffers(self) -> Iterator[None]:
+        """Buffers of the models are what they were before, whatever happens inside."""
+        buffers = [b for model in self._models for b in model.buffers()]
+        saved = [b.clone() for b in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for b, old in zip(buffers, saved, strict=True):
+                    b.copy_(old)
