@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2sam.sam.norms import total_norm
+from s2sam.sam.norms import constant, total_norm
 
 SCRATCH_BYTES = 24 << 20  #: moves work through at most this much scratch memory (twice that where two are alive)
 Twin = bool | Tensor  #: does b hold x instead of d? A 0-dim float tensor (1 = yes) if only the device knows
@@ -39,16 +39,16 @@ class Scale:
         return d
 
     def coefficient(self, rho: float, d_norm: Tensor, w_norm: Tensor | None) -> Tensor:
-        """The number c in e = c |w|^power d; 0 where the direction is 0."""
-        size = rho if w_norm is None else rho * w_norm
-        return (size / d_norm).nan_to_num_(0.0, 0.0, 0.0)
+        """The number c in e = c |w|^power d."""
+        size = constant(rho, d_norm.device, d_norm.dtype)
+        return (size if w_norm is None else size * w_norm) / d_norm
 
     def direction_norm(self, d: list[Tensor], w: list[Tensor]) -> Tensor:
-        """|| |w|^(power / 2) d ||_2."""
+        """|| |w|^(power / 2) d ||_2, never 0."""
         if self.power == 0:
-            return total_norm(d)
+            return total_norm(d, floor=True)
         parts = [total_norm(list(torch._foreach_mul(dd, ww))) for dd, ww in pieces(d, w)]
-        return total_norm(parts)
+        return total_norm(parts, floor=True)
 
 
 SCALES = {"norm": Scale(), "relative": Scale(relative=True), "asam": Scale(power=2)}
@@ -83,18 +83,25 @@ def displace_(p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scal
 
 
 def choose_(
-    p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale, twin: Tensor
+    p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale, twin: Tensor, ratio: float = 1.0
 ) -> None:
-    """:func:`displace_` where `twin` is 0 and :func:`swap_` where it is 1, without asking the host which."""
+    """:func:`displace_` where `twin` is 0; where it is 1, p: w -> w + ratio (x - w) and b: x -> w.
+
+    It does not ask the host which. With ratio = 1 the second case is :func:`swap_`.
+    """
     fresh = 1 - twin
+    kept, share = twin, fresh
+    if ratio != 1:
+        kept = twin.to(c.dtype) * ratio
+        share = 1 - kept
     for w, keep, direction in pieces(p, b, d):
         if scale.power == 0:
-            e = torch._foreach_mul(direction, torch.where(twin > 0, twin.to(c.dtype), c))
+            e = torch._foreach_mul(direction, torch.addcmul(kept, c, fresh))
         else:
             e = torch._foreach_mul(scale.shaped(direction, w, scale.power), c * fresh)
-            torch._foreach_add_(e, torch._foreach_mul(keep, twin))
+            torch._foreach_add_(e, torch._foreach_mul(keep, kept))
         torch._foreach_copy_(keep, w)
-        torch._foreach_mul_(w, fresh)
+        torch._foreach_mul_(w, share)
         torch._foreach_add_(w, e)
 
 

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-WIDE = {torch.float64: torch.float64, torch.complex128: torch.float64}
 
 
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+FLOOR = 1e-19  #: its square is the smallest normal fp32 number
+
+
+def total_norm(tensors: Sequence[Tensor], *, floor: bool = False) -> Tensor:
     """||v||_2 over all entries of all tensors, as a 0-dim tensor on the first tensor's device.
 
     Half-precision entries are squared and summed in fp32, so that neither 1e-5 underflows nor 300 overflows. An empty
-    list has norm 0. Cost: one read of the tensors, three calls for a list of one dtype and device.
+    list has norm 0. With `floor` the result is sqrt(||v||^2 + 1e-38), so that one can divide by it.
+    Cost: one read of the tensors, three calls for a list of one dtype and device.
 
     Example:
         >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
         tensor(5.)
     """
     if not tensors:
-        return torch.zeros(())
+        return torch.full((), FLOOR * floor)
     norms: list[Tensor] = []
     for part in by_kind(tensors):
-        wide = WIDE.get(part[0].dtype, torch.float32)
-        norms += torch._foreach_norm(part, 2, dtype=None if part[0].dtype == wide else wide)
+        half = part[0].dtype in (torch.float16, torch.bfloat16)
+        norms += torch._foreach_norm(part, 2, dtype=torch.float32 if half else None)
     kinds = {(n.device, n.dtype) for n in norms}
     if len(kinds) > 1:
         dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         norms = [n.to(tensors[0].device, dtype) for n in norms]
+    if floor:
+        norms.append(constant(FLOOR, norms[0].device, norms[0].dtype))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 
 
+@functools.lru_cache(maxsize=256)
+def constant(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`value` as a 0-dim tensor that nobody may change; made once, so that a step does not copy it to the device again."""
+    return torch.full((), value, device=device, dtype=dtype)
+
+
 def total_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """<a, b> over all entries, accumulated like :func:`total_norm`."""
-    dots = [torch.sum(x.to(wide) * y.to(wide)) for x, y in zip(a, b, strict=True) for wide in [_wide(x)]]
+    dots = [torch.sum(widen(x) * widen(y)) for x, y in zip(a, b, strict=True)]
     return torch.stack([d.to(a[0].device) for d in dots]).sum() if dots else torch.zeros(())
 
 
@@ -59,5 +71,11 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return math.isfinite(float(total_norm(tensors))) or all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return WIDE.get(t.dtype, torch.float32)
+def widen(t: Tensor) -> Tensor:
+    """`t`, in fp32 if it is in half precision."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def real(t: Tensor) -> torch.dtype:
+    """The dtype that norms of `t` have."""
+    return torch.float64 if t.dtype in (torch.float64, torch.complex128) else torch.float32

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from s2sam.hooks import Closure, Phase, StepContext, StepHooks, check_number, check_optimizers, claim_sharpness, release_sharpness, step_hooks
 from s2sam.sam.displacement import SCALES
 from s2sam.sam.model_hooks import hook_models
-from s2sam.sam.norms import all_finite, total_norm
+from s2sam.sam.norms import all_finite, constant, real, total_norm
 from s2sam.sam.slot import KEY, Block, Slot
 from s2sam.sam.stats import Stats
 
@@ -169,7 +169,10 @@ class S2SAM:
         if measure:
             self._stats.before_displace(closed, self.scale)
         for slot, blocks in closed:
-            slot.displace(blocks, [coefficients.get(id(b), b.p[0].new_zeros(())) for b in blocks], self.scale)
+            zeros = [constant(0.0, block.p[0].device, real(block.p[0])) for block in blocks]
+            slot.displace(
+                blocks, [coefficients.get(id(b), zero) for b, zero in zip(blocks, zeros, strict=True)], self.scale
+            )
         if measure:
             self._stats.after_displace(self.sign)
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from s2sam.hooks import check_number
 from s2sam.sam.displacement import Scale, Twin, choose_, copy_unless_, displace_, restore_, swap_
+from s2sam.sam.norms import constant
 
 KEY = "s2sam_buffer"  #: name of the buffer b in optimizer.state[p]
 STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] of a state_dict holds besides
@@ -20,10 +21,14 @@ MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 
 @dataclass
 class Block:
-    """Parameters of one rho, device and dtype, with their buffers b and directions d (`d is b` for gradients)."""
+    """Parameters of one rho, device and dtype, with their buffers b and directions d (`d is b` for gradients).
+
+    `ratio` is this rho over the one that the twins were made with.
+    """
 
     rho: float
     twin: Twin
+    ratio: float
     p: list[Tensor] = field(default_factory=list)
     b: list[Tensor] = field(default_factory=list)
     d: list[Tensor] = field(default_factory=list)
@@ -43,7 +48,7 @@ class Slot:
         self.open = False  #: between displace and restore
         self.fresh = False  #: a displaced forward or displace() happened since the last step
         self.blocks: list[Block] = []  #: what is displaced while open
-        self.twins: set[int] = set()  #: ids of the parameters whose buffer holds x ...
+        self.twins: dict[int, float] = {}  #: ids of the parameters whose buffer holds x, and the rho it was made with ...
         self.flag: Tensor | None = None  #: ... if this is 1 (None: they do)
         self.loaded = False  #: the twins come from a checkpoint, whose weights may be loaded after them
 
@@ -70,9 +75,10 @@ class Slot:
                 if b is None:
                     continue
                 twin: Twin = id(p) in self.twins
-                key = (rho, p.device, p.dtype, twin)
+                ratio = rho / self.twins[id(p)] if twin else 1.0
+                key = (rho, p.device, p.dtype, twin, ratio)
                 if key not in blocks:
-                    blocks[key] = Block(rho, self.flag if twin and self.flag is not None else twin)
+                    blocks[key] = Block(rho, self.flag if twin and self.flag is not None else twin, ratio)
                     if not self.momentum:
                         blocks[key].d = blocks[key].b
                 block = blocks[key]
@@ -90,14 +96,15 @@ class Slot:
 
     @torch.no_grad()
     def displace(self, blocks: list[Block], coefficients: list[Tensor], scale: Scale) -> None:
-        """Open the window: w -> x."""
+        """Open the window: w -> x. Blocks that are twins for certain take no notice of their coefficient."""
         for block, c in zip(blocks, coefficients, strict=True):
-            if block.twin is True:
+            if block.twin is True and block.ratio == 1:
                 swap_(block.p, block.b)
             elif block.twin is False:
                 displace_(block.p, block.b, block.d, c, scale)
             else:
-                choose_(block.p, block.b, block.d, c, scale, block.twin)
+                twin = constant(1.0, c.device, c.dtype) if block.twin is True else block.twin
+                choose_(block.p, block.b, block.d, c, scale, twin, block.ratio)
         self.blocks, self.open = blocks, True
         self.twins.clear()
         self.flag, self.loaded = None, False
@@ -108,7 +115,7 @@ class Slot:
         for block in self.blocks:
             if keep and block.own:
                 swap_(block.p, block.b)
-                self.twins.update(map(id, block.p))
+                self.twins.update((id(p), block.rho) for p in block.p)
             else:
                 restore_(block.p, block.b)
         self.blocks, self.open = [], False
@@ -131,7 +138,7 @@ class Slot:
             if p.grad is None:
                 if b is not None:
                     gone.append(b)
-                    self.twins.discard(id(p))
+                    self.twins.pop(id(p), None)
                 continue
             if b is None:
                 if not may_create and not self.optimizer.state.get(p):
@@ -166,24 +173,22 @@ class Slot:
 
     def save(self, state_dict: dict[str, Any], *, peeking: bool) -> None:
         """Put the step count, and copies of the x that restores an open window, into a state_dict just made."""
-        twins = set(self.twins)
-        if self.flag is not None and not bool(self.flag):
-            twins.clear()
-        x = {id(p): p for block in self.blocks if block.own for p in block.p}
+        twins = dict(self.twins) if self.flag is None or bool(self.flag) else {}
+        x = {id(p): block.rho for block in self.blocks if block.own for p in block.p}
         twins.update(x)
-        indices = []
+        saved = []
         for index, p in enumerate(self.parameters()):
             if id(p) in twins:
-                indices.append(index)
+                saved.append([index, twins[id(p)]])
                 if id(p) in x and not peeking:
                     entry = state_dict["state"][index]
                     state_dict["state"][index] = {**entry, KEY: p.detach().clone()}
-        state_dict["param_groups"][0].update({STEP: self.step, TWINS: indices})
+        state_dict["param_groups"][0].update({STEP: self.step, TWINS: saved})
 
     def load(self) -> None:
         """Take back what :meth:`save` wrote, after the optimizer has loaded a state_dict (ours or a plain one)."""
         first = self.optimizer.param_groups[0]
         self.step = int(first.pop(STEP, 0))
         parameters = self.parameters()
-        self.twins = {id(parameters[i]) for i in first.pop(TWINS, [])}
+        self.twins = {id(parameters[int(i)]): float(rho) for i, rho in first.pop(TWINS, [])}
         self.flag, self.loaded, self.fresh = None, bool(self.twins), False

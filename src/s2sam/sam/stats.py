@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2sam.hooks import StepContext
 from s2sam.sam.displacement import Scale
-from s2sam.sam.norms import total_dot, total_norm
+from s2sam.sam.norms import total_dot, total_norm, widen
 
 if TYPE_CHECKING:
     from s2sam.sam.slot import Block, Slot
@@ -45,7 +45,7 @@ class Stats:
         for slot, blocks in closed:
             for block in blocks:
                 if block.twin is True:
-                    aim = list(torch._foreach_sub(block.b, block.p))
+                    aim = list(torch._foreach_sub(block.b, block.p))  # has its sign already
                 else:
                     aim = [t.clone() for t in scale.shaped(block.d, block.p, scale.power)]
                 self._pending.append((block, aim))
@@ -62,7 +62,7 @@ class Stats:
         moves: list[Tensor] = []
         aims: list[Tensor] = []
         for block, aim in self._pending:
-            moves += [p.detach().to(_wide(p)) - b for p, b in zip(block.p, block.b, strict=True)]
+            moves += [widen(p.detach()) - b for p, b in zip(block.p, block.b, strict=True)]
             aims += [a * (1 if block.twin is True else sign) for a in aim]
         self._pending = []
         self._values["displacement"] = total_norm(moves)
@@ -82,7 +82,7 @@ class Stats:
             for p, b in zip(block.p, block.b, strict=True):
                 if p.grad is not None:
                     g.append(p.grad)
-                    e.append((p.detach().to(_wide(p)) - b) * sign)
+                    e.append((widen(p.detach()) - b) * sign)
         if g:
             self._values["alignment"] = (total_dot(g, e) / (total_norm(g) * total_norm(e))).nan_to_num(0.0)
 
@@ -91,6 +91,3 @@ class Stats:
         skipped = self._skipped + (0 if self._skipped_on_device is None else float(self._skipped_on_device))
         return {"step": float(step), "skipped": float(skipped)} | {k: float(v) for k, v in self._values.items()}
 
-
-def _wide(t: Tensor) -> torch.dtype:
-    return t.dtype if t.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
