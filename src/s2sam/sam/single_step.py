@@ -153,28 +153,29 @@ class S2SAM:
 
     @torch.no_grad()
     def _open(self, closed: list[tuple[Slot, list[Block]]]) -> None:
-        new = [block for _, blocks in closed for block in blocks if block.twin is not True]
         measure = self._stats.due(self._slots[0].step)
-        coefficients: dict[int, Tensor] = {}
-        if new:
-            norms = []
-            for block in new:
-                norm = self.scale.direction_norm(block.d, block.p)
-                norms.append(norm if block.twin is False or len(new) == 1 else norm * (1 - block.twin))
-            d_norm = norms[0] if len(norms) == 1 else total_norm(norms)
-            w_norm = total_norm([total_norm(b.p) for b in new]) if self.scale.relative else None
-            for block in new:
-                c = self.scale.coefficient(self.sign * block.rho, d_norm, w_norm)
-                coefficients[id(block)] = c.to(block.p[0].device)
         if measure:
             self._stats.before_displace(closed, self.scale)
+        coefficients = self._coefficients([block for _, blocks in closed for block in blocks])
         for slot, blocks in closed:
-            zeros = [constant(0.0, block.p[0].device, real(block.p[0])) for block in blocks]
-            slot.displace(
-                blocks, [coefficients.get(id(b), zero) for b, zero in zip(blocks, zeros, strict=True)], self.scale
-            )
+            slot.displace(blocks, coefficients, self.scale)
         if measure:
             self._stats.after_displace(self.sign)
+
+    def _coefficients(self, blocks: list[Block]) -> dict[int, Tensor]:
+        """The c of e = c |w|^power d for every block, from one norm over all of them (certain twins need none)."""
+        new = [block for block in blocks if block.twin is not True]
+        out = {id(block): constant(0.0, block.p[0].device, real(block.p[0])) for block in blocks}
+        if new:
+            norms = [self.scale.direction_norm(block.d, block.p) for block in new]
+            if len(new) > 1:
+                norms = [n if block.twin is False else n * (1 - block.twin) for n, block in zip(norms, new, strict=True)]
+            d_norm = norms[0] if len(new) == 1 else total_norm(norms)
+            w_norm = total_norm([p for block in new for p in block.p]) if self.scale.relative else None
+            for block in new:
+                c = self.scale.coefficient(self.sign * block.rho, d_norm, w_norm)
+                out[id(block)] = c.to(block.p[0].device)
+        return out
 
     def restore(self) -> None:
         """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed."""

@@ -95,9 +95,10 @@ class Slot:
         return momentum
 
     @torch.no_grad()
-    def displace(self, blocks: list[Block], coefficients: list[Tensor], scale: Scale) -> None:
-        """Open the window: w -> x. Blocks that are twins for certain take no notice of their coefficient."""
-        for block, c in zip(blocks, coefficients, strict=True):
+    def displace(self, blocks: list[Block], coefficients: dict[int, Tensor], scale: Scale) -> None:
+        """Open the window: w -> x, with e = c |w|^power d and c by id(block)."""
+        for block in blocks:
+            c = coefficients[id(block)]
             if block.twin is True and block.ratio == 1:
                 swap_(block.p, block.b)
             elif block.twin is False:
