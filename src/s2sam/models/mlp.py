@@ -1,0 +1,56 @@
+"""A small multilayer perceptron: enough for 8x8 digits, quick enough for a demonstration."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from s2sam.models.init import build, scaled
+
+HIDDEN = 256
+
+
+class MLP(nn.Module):
+    """flatten -> (linear -> BatchNorm -> ReLU) x 2 -> linear.
+
+    The hidden linear layers have no bias, as BatchNorm would subtract it again.
+    Shapes: (N, C, H, W) -> (N, num_classes); `in_features` = C*H*W.
+    """
+
+    def __init__(self, in_features: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.body = nn.Sequential(
+            OrderedDict(
+                flatten=nn.Flatten(),
+                fc1=nn.Linear(in_features, hidden, bias=False),
+                bn1=nn.BatchNorm1d(hidden),
+                relu1=nn.ReLU(),
+                fc2=nn.Linear(hidden, hidden, bias=False),
+                bn2=nn.BatchNorm1d(hidden),
+                relu2=nn.ReLU(),
+            )
+        )
+        self.classifier = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of a batch of images. Raises ValueError for images of another size."""
+        if x[0].numel() != self.in_features:
+            raise ValueError(f"this MLP takes images of {self.in_features} values, got {tuple(x.shape[1:])}")
+        logits: Tensor = self.classifier(self.body(x))
+        return logits
+
+
+def mlp(
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: tuple[int, int],
+    generator: torch.Generator,
+    width: float = 1.0,
+) -> MLP:
+    """The :class:`MLP` with two hidden layers of 256 x `width` units."""
+    in_features = in_channels * image_size[0] * image_size[1]
+    return build(lambda: MLP(in_features, scaled(HIDDEN, width), num_classes), generator)
