@@ -69,8 +69,6 @@ def test_equals_the_reference_over_120_eventful_steps(name, direction, scale):
         ref.step(gradients)
         for schedule in schedules:
             schedule.step()
-        if step not in (5, 6, 60, 4, 59):  # after a skipped step the same x is used again, whatever rho says
-            pass
         assert distance(net.parameters(), ref.weights) < 1e-12, step
     assert sam.stats["skipped"] == 3
     assert distance(net.parameters(), snapshot(make_net())) > 0.1

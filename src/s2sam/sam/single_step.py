@@ -170,7 +170,7 @@ class S2SAM:
             norms = [self.scale.direction_norm(block.d, block.p) for block in new]
             if len(new) > 1:
                 norms = [n if block.twin is False else n * (1 - block.twin) for n, block in zip(norms, new, strict=True)]
-            d_norm = norms[0] if len(new) == 1 else total_norm(norms)
+            d_norm = norms[0] if len(new) == 1 else total_norm(norms, floor=True)
             w_norm = total_norm([p for block in new for p in block.p]) if self.scale.relative else None
             for block in new:
                 c = self.scale.coefficient(self.sign * block.rho, d_norm, w_norm)

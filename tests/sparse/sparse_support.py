@@ -1,0 +1,99 @@
+"""What the sparsity tests share: a small net with known gradients, optimizers, batches. Not a test file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2sam import sparsify
+from s2sam.registry import MethodInfo
+from s2sam.sparse.base import Sparsifier
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "muon": lambda p: torch.optim.Muon(p, lr=0.01),
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_net(seed: int = 0) -> nn.Sequential:
+    """Three Linear layers without biases: all parameters are matrices, which is what Muon takes."""
+    net = nn.Sequential(
+        nn.Linear(6, 12, bias=False), nn.Tanh(), nn.Linear(12, 10, bias=False), nn.Tanh(), nn.Linear(10, 3, bias=False)
+    )
+    g = generator(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.4)
+    return net
+
+
+def make_batches(n: int, seed: int = 1, size: int = 16) -> list[tuple[Tensor, Tensor]]:
+    g = generator(seed)
+    return [(torch.randn(size, 6, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(n)]
+
+
+def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target)
+
+
+def one_step(net: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+    optimizer.zero_grad()
+    loss_fn(net(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def attach(info: MethodInfo, net: nn.Module, optimizer: Any, *, seed: int = 3, delta_t: int = 3, **kw: Any) -> Sparsifier:
+    """`info`'s method on a short schedule: 60 steps, a change every `delta_t` if it changes masks at all."""
+    options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
+    if info.load().needs_batches:
+        kw |= {"batches": make_batches(2), "loss_fn": loss_fn}
+    return sparsify(
+        net, optimizer, **{"method": info.name, "sparsity": 0.7, "total_steps": 60, "generator": generator(seed)} | options | kw
+    )
+
+
+def golden(mask: list[int], weights: list[float], method: str, **options: Any) -> tuple[nn.Linear, Any, Sparsifier]:
+    """Linear(4, 3) with hand-written weights and mask, a change due in the first step."""
+    layer = nn.Linear(4, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weights).view(3, 4))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
+    sparsifier = sparsify(layer, optimizer, method=method, sparsity=0.5, generator=generator(), **options)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weights).view(3, 4))
+    set_masks(sparsifier, {"weight": torch.tensor(mask, dtype=torch.bool).view(3, 4)})
+    return layer, optimizer, sparsifier
+
+
+def set_masks(sparsifier: Sparsifier, masks: dict[str, Tensor]) -> None:
+    """Put hand-written masks in, the way a checkpoint does."""
+    from s2sam.sparse.masks import pack_bits
+
+    state = sparsifier.state_dict()
+    sparsifier.load_state_dict({**state, "masks": {name: pack_bits(mask) for name, mask in masks.items()}})
+    sparsifier.apply()
+
+
+def copy_masks(sparsifier: Sparsifier) -> dict[str, Tensor]:
+    return {name: mask.clone() for name, mask in sparsifier.masks.items()}
+
+
+def equal_masks(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def shaped_states(optimizer: Optimizer, weight: Tensor) -> list[Tensor]:
+    return [v for v in optimizer.state[weight].values() if isinstance(v, Tensor) and v.shape == weight.shape]

@@ -1,0 +1,94 @@
+"""Exact top-k: equal to a slow stable sort, with ties, NaN and excluded positions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2sam.sparse.topk import global_topk, topk_mask
+
+values = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan]), st.floats(width=32, allow_infinity=False)
+)
+score_lists = st.lists(values, min_size=1, max_size=60)
+
+
+def slow(scores: list[float], k: int) -> list[bool]:
+    """Sort stably by falling score; NaN counts as the smallest finite float32."""
+    known = [torch.finfo(torch.float32).min if math.isnan(s) else s for s in scores]
+    chosen = sorted(range(len(known)), key=lambda i: -known[i])[:k]
+    return [i in chosen for i in range(len(known))]
+
+
+@given(score_lists, st.data())
+def test_equals_a_stable_sort(scores, data):
+    candidates = sum(s != -math.inf for s in scores)
+    k = data.draw(st.integers(0, candidates))
+    assert topk_mask(torch.tensor(scores), k).tolist() == slow(scores, k)
+
+
+@given(score_lists, st.data())
+def test_too_few_candidates_is_an_error(scores, data):
+    candidates = sum(s != -math.inf for s in scores)
+    k = data.draw(st.integers(candidates + 1, len(scores) + 3))
+    with pytest.raises(ValueError, match="cannot choose"):
+        topk_mask(torch.tensor(scores), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_exact_count_in_every_dtype_with_one_great_tie(dtype):
+    scores = torch.ones(7, 11).to(dtype)
+    mask = topk_mask(scores, 30)
+    assert mask.shape == (7, 11)
+    assert mask.flatten().tolist() == [True] * 30 + [False] * 47
+
+
+def test_float64_scores_that_are_equal_in_float32_are_told_apart():
+    scores = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert topk_mask(scores, 1).tolist() == [False, True]
+
+
+def test_no_host_read_without_check():
+    class NoBool(torch.Tensor):
+        def __bool__(self):
+            raise AssertionError("read on the host")
+
+        def item(self):
+            raise AssertionError("read on the host")
+
+    scores = torch.tensor([3.0, 1.0, 3.0]).as_subclass(NoBool)
+    mask = topk_mask(scores, 1, check=False).as_subclass(torch.Tensor)
+    assert mask.tolist() == [True, False, False]
+
+
+@given(st.lists(st.lists(values.filter(lambda v: v != -math.inf), min_size=2, max_size=15), min_size=1, max_size=5), st.data())
+def test_global_equals_one_long_list(layers, data):
+    flat = [s for layer in layers for s in layer]
+    k = data.draw(st.integers(0, len(flat)))
+    masks = global_topk({str(i): torch.tensor(layer) for i, layer in enumerate(layers)}, k)
+    assert [bool(b) for m in masks.values() for b in m] == slow(flat, k)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=2, max_size=15), min_size=1, max_size=5), st.data()
+)
+def test_global_keeps_the_best_of_each_layer(layers, data):
+    size = sum(map(len, layers))
+    k = data.draw(st.integers(len(layers), size))
+    masks = global_topk({str(i): torch.tensor(layer) for i, layer in enumerate(layers)}, k, at_least=1)
+    assert sum(int(m.sum()) for m in masks.values()) == k
+    for layer, mask in zip(layers, masks.values(), strict=True):
+        best = slow(layer, 1).index(True)
+        assert bool(mask[best])
+
+
+def test_global_with_too_few_for_all_layers():
+    with pytest.raises(ValueError, match="cannot keep 1 in each of 2 layers with 1"):
+        global_topk({"a": torch.ones(3), "b": torch.ones(3)}, 1, at_least=1)
+
+
+def test_negative_k():
+    with pytest.raises(ValueError, match="cannot choose -1"):
+        topk_mask(torch.ones(3), -1)
