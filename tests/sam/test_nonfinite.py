@@ -205,6 +205,20 @@ def test_a_parameter_without_gradient_in_the_skipped_step_keeps_its_x(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd-fused"])
+def test_groups_of_two_radii_recover_from_a_skipped_step(name):
+    net = make_net(torch.float32)
+    first, *rest = net.parameters()
+    optimizer = FACTORIES[name]([{"params": [first], "rho": 0.1}, {"params": rest}])
+    sam = S2SAM(optimizer, model=net, rho=RHO)
+    data = make_data(6, torch.float32)
+    for step, batch in enumerate(data):
+        w = snapshot(net)
+        take_step(net, optimizer, poisoned(batch, float("nan")) if step == 2 else batch)
+        assert same(net.parameters(), w) == (step == 2)
+    assert sam.stats["skipped"] == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd-fused"])
 def test_parameters_of_two_dtypes(name):
     net = make_net(torch.float32)
     net[4].to(torch.bfloat16)

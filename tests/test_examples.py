@@ -1,0 +1,48 @@
+"""The examples a reader copies do run, and do what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_minimal_trains_a_sparse_network_at_the_displaced_point():
+    program = [sys.executable, str(ROOT / "examples" / "minimal.py")]
+    out = subprocess.run(program, capture_output=True, text=True, check=True, timeout=110).stdout
+    numbers = {name: float(n) for name, n in re.findall(r"^(\w[\w ]*?)\s{2,}([\d.]+)", out, re.MULTILINE)}
+    assert numbers["test accuracy"] > 0.9
+    assert numbers["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert numbers["displacement"] == pytest.approx(0.05, rel=1e-2)
+    assert numbers["topology updates"] > 5
+
+
+def test_the_readme_loop_runs_as_printed(make_generator):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 1
+    generator = make_generator(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    loader = [
+        (torch.randn(8, 1, 4, 4, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(5)
+    ]
+    seen: list[float] = []
+    names = {"model": model, "loader": loader, "T": 5}
+    weight = model[1].weight
+    model[1].register_forward_pre_hook(lambda *_: seen.append(float(weight.detach().norm())))
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    assert names["sparsifier"].sparsity() == pytest.approx(0.9, abs=0.01)
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    sam = names["sam"]
+    clean = [p.detach().clone() for p in model.parameters()]
+    sam.displace()
+    moved = torch.stack([(p.detach() - w).norm() for p, w in zip(model.parameters(), clean, strict=True)]).norm()
+    assert float(moved) == pytest.approx(0.05, rel=1e-3)
+    assert float((weight == 0).float().mean()) >= 0.8
+    assert len(seen) == 5

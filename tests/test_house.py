@@ -1,0 +1,184 @@
+"""The house rules that no tool checks: files, versions, pins, links, what the core imports, and the Makefile's errors."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s2sam
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "s2sam"
+CORE = [SOURCE / "hooks.py", SOURCE / "attach.py", SOURCE / "registry.py", SOURCE / "sam", SOURCE / "sparse"]
+EXTRAS = {
+    *("cli", "timm", "hub", "shards", "tensorboard", "wandb", "trackio", "mlflow", "onnx", "corruptions", "lightning"),
+    *("transformers", "ray", "slurm", "dev", "docs"),
+}
+
+
+def python_files(*places: Path) -> list[Path]:
+    return [f for p in places for f in (sorted(p.rglob("*.py")) if p.is_dir() else [p])]
+
+
+def text_files() -> list[Path]:
+    names = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "Makefile", "pyproject.toml", ".ci/run"]
+    folders = [ROOT / name for name in ("src", "tests", "benchmarks", "examples", "docs")]
+    suffixes = {".py", ".md", ".yaml", ".json", ".html", ".toml"}
+    found = [f for folder in folders for f in folder.rglob("*") if f.suffix in suffixes]
+    return [ROOT / name for name in names] + found
+
+
+def test_versions_agree():
+    assert s2sam.__version__ == importlib.metadata.version("s2sam")
+    assert f"version: {s2sam.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f'version = "{s2sam.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_core_needs_torch_and_numpy_and_extras_are_the_agreed_ones():
+    requires = importlib.metadata.requires("s2sam") or []
+    core = {re.split(r"[^\w-]", r)[0] for r in requires if "extra ==" not in r}
+    assert core == {"torch", "numpy"}
+    assert set(importlib.metadata.metadata("s2sam").get_all("Provides-Extra")) == EXTRAS
+
+
+def test_every_direct_dependency_of_the_two_commands_is_pinned():
+    pins = {
+        line.partition("==")[0].lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    for requirement in importlib.metadata.requires("s2sam") or []:
+        if "extra ==" not in requirement or re.search(r"extra == ['\"](cli|dev)['\"]", requirement):
+            assert re.split(r"[^\w.-]", requirement)[0].lower() in pins, requirement
+
+
+def test_constraints_pin_exact_versions():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert re.fullmatch(r"[\w.-]+==[\w.]+(; python_version >= \"3\.11\")?", line), line
+
+
+@pytest.mark.parametrize("path", python_files(SOURCE, ROOT / "benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("s2sam" if node.level else str(node.module).partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", python_files(*CORE), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_the_core_imports_nothing_else(path):
+    assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "s2sam"}
+
+
+def test_global_seeds_are_set_in_one_place_only():
+    seeders = re.compile(r"torch\.(cuda\.)?manual_seed|np\.random\.seed|(?<![.\w])random\.seed\(")
+    guilty = [
+        p.name for p in python_files(SOURCE, ROOT / "examples", ROOT / "benchmarks") if seeders.search(p.read_text())
+    ]
+    assert set(guilty) <= {"seeding.py"}
+
+
+def test_nothing_speaks_of_one_machine():
+    paths = re.compile(r"(?<![\w.])/(home|root|Users|work|mnt)/\w")
+    guilty = [str(f.relative_to(ROOT)) for f in text_files() if f != Path(__file__) and paths.search(f.read_text())]
+    assert guilty == []
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/how-it-works.md", "docs/windows.md"]
+)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert links
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_readme_names_the_five_files_and_both_commands():
+    text = (ROOT / "README.md").read_text()
+    for name in ("hooks.py", "sam/single_step.py", "sam/reference.py", "sparse/base.py", "sparse/methods/rigl.py"):
+        assert f"(src/s2sam/{name})" in text
+    assert "make demo" in text
+    assert "make test" in text
+
+
+def test_the_licence_is_whole():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert importlib.metadata.metadata("s2sam")["License-Expression"] == "Apache-2.0"
+
+
+def test_ci_is_executable_and_stops_at_the_first_failure():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "set -euo pipefail" in text
+    assert text.index("make test") < text.index("make check")
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@needs_make
+def test_make_help_names_every_target():
+    text = make("help").stdout
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    for target in phony:
+        assert f"make {target} " in text
+    assert make().stdout == text
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("exit 1", "is missing or older than 3.10"),
+        ('case "$2" in *venv*) exit 1;; esac', "apt install python3-venv"),
+    ],
+)
+def test_an_unfit_python_gets_one_clear_sentence(script, sentence, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    result = make("test", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
+    assert result.returncode != 0
+    assert sentence in result.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@needs_make
+def test_another_torch_is_not_pinned_back():
+    commands = make("-n", "test", "TORCH=torch==2.11.0", "VENV=no-such-folder").stdout
+    assert "'torch==2.11.0'" in commands
+    assert "-c constraints.txt" not in commands  # the pins used name the torch that was found
+
+
+@needs_make
+def test_nothing_is_installed_twice(tmp_path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    for stamp in (".torch", ".pins.txt", ".cli", ".dev"):
+        (venv / stamp).touch()
+    commands = make("-n", "test", f"VENV={venv}").stdout
+    assert "pip" not in commands
+    assert "-m pytest -q" in commands
