@@ -1,8 +1,8 @@
 """What there is, as data: sparse training methods, models, data sets and recipes. Listing them loads no torch.
 
-A row names its code as "module:attribute"; `.load()` imports it. A new method is one file in `s2sam/sparse/methods` and
-one row here; rows of models and data sets stand in `s2sam.models.MODELS` and `s2sam.data.DATA`; a recipe is a YAML file in
-`s2sam/recipes` whose first comment line describes it.
+A row names its code as "module:attribute"; `.load()` imports it. A new method is one file in `s2sam/sparse/methods`
+and one row here; rows of models and data sets stand in `s2sam.models.MODELS` and `s2sam.data.DATA`; a recipe is a YAML
+file in `s2sam/recipes` whose first comment line describes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Row(Protocol):
     """Every row has a name."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What a user types."""
 
 
 R = TypeVar("R", bound=Row)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from s2sam import SAM
+from s2sam import SAM, sparsify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from optimizers import BATTERY, FACTORIES, distance, make_data, make_net, same, snapshot, total
@@ -87,8 +87,6 @@ def test_batch_norm_statistics_come_from_the_first_pass():
 def test_masks_act_before_the_norm_and_the_displaced_network_stays_sparse():
     net = make_net()
     optimizer = FACTORIES["sgd"](net.parameters())
-    from s2sam import sparsify
-
     sparsifier = sparsify(net, optimizer, method="static", sparsity=0.7, generator=torch.Generator().manual_seed(0))
     SAM(optimizer, model=net, rho=0.05)
     masks = list(sparsifier.masks.values())
@@ -149,11 +147,15 @@ def test_a_non_finite_gradient_in_either_pass_changes_nothing(name, bad_pass):
         assert all(torch.equal(torch.as_tensor(v), state[i, k]) for k, v in s.items())
 
 
-def test_rho_zero_is_the_base_optimizer_in_one_pass():
+@pytest.mark.parametrize("method", [None, "rigl"])
+def test_rho_zero_is_the_base_optimizer_in_one_pass(method):
     runs = []
     for attach in (False, True):
         net = make_net()
         optimizer = FACTORIES["adamw"](net.parameters())
+        if method:
+            g = torch.Generator().manual_seed(0)
+            sparsify(net, optimizer, method=method, sparsity=0.7, total_steps=10, delta_t=2, generator=g)
         if attach:
             SAM(optimizer, model=net, rho=0.0)
         calls = []

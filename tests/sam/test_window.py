@@ -540,6 +540,40 @@ def test_loaded_weights_are_what_is_trained(when, factory):
     assert moved(net, snapshot(other)) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+@pytest.mark.parametrize("factory", ["sgd", "sgd-fused", "adamw-fused"])
+def test_loading_the_same_weights_between_steps_changes_nothing(factory, direction):
+    """As an evaluation of averaged weights does once an epoch."""
+    net, optimizer, _ = attached(factory, direction=direction)
+    twin, twin_optimizer, _ = attached(factory, direction=direction)
+    for batch in make_data(3):
+        net.load_state_dict(copy.deepcopy(net.state_dict()))
+        take_step(net, optimizer, batch)
+        take_step(twin, twin_optimizer, batch)
+        assert same(net.parameters(), twin.parameters())
+
+
+def test_a_group_whose_rho_is_zero_for_one_dropped_batch_keeps_its_direction_or_forgets_it():
+    """Its buffer holds x after restore(): that must never be taken for a direction."""
+    net = make_net()
+    optimizer = torch.optim.SGD([{"params": [p]} for p in net.parameters()], lr=0.1)
+    sam = S2SAM(optimizer, model=net, rho=0.3)
+    for batch in make_data(3):
+        take_step(net, optimizer, batch)
+    w = snapshot(net)
+    sam.displace()
+    sam.restore()
+    optimizer.param_groups[0]["rho"] = 0.0
+    net(make_data(1)[0][0])
+    sam.restore()
+    optimizer.param_groups[0]["rho"] = 0.3
+    net(make_data(1)[0][0])
+    e = net[0].weight.detach() - w[0]
+    assert total([e]) < 0.3 + 1e-9
+    if total([e]) > 0:
+        assert abs(float((e * w[0]).sum())) < 0.9 * total([e]) * total(w[:1])
+
+
 def test_complex_parameters():
     w = nn.Parameter(torch.tensor([3 + 4j, 1j], dtype=torch.complex128))
     optimizer = torch.optim.SGD([w], lr=0.0)

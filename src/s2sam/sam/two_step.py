@@ -86,12 +86,12 @@ class SAM:
 
     def _two_passes(self, closure: Closure) -> Any:
         loss = closure()
-        self._hooks.mask_gradients()
         groups = [(float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups]
         blocks = [(rho, ps) for rho, params in groups if rho > 0 for ps in by_kind(params)]
         self._finite = all_finite([p.grad for _, ps in blocks for p in ps if p.grad is not None])
         if not blocks or not self._finite:
             return loss
+        self._hooks.mask_gradients()
         with self._displaced(blocks), self._frozen_buffers():
             closure()
         return loss

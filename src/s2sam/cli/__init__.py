@@ -1,0 +1,1 @@
+"""The command `s2sam`: one file a verb, see `main.py`."""

@@ -1,0 +1,1 @@
+"""Whole-run configurations: one YAML file each, whose first line describes it; keys left out have their defaults."""

@@ -1,0 +1,66 @@
+"""`metrics.jsonl` with every record and `summary.csv` with one row an epoch: always written, readable by anything."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any, TextIO
+
+from s2sam.track.base import Record
+
+
+class FileLogger:
+    """Appends each record at once, as one line; a record that was written survives whatever comes after.
+
+    Numbers that are not finite become null, so that every line is JSON by the standard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lines: TextIO | None = None
+        self._rows: TextIO | None = None
+        self._table: csv.DictWriter[str] | None = None
+
+    def start(self, config: Record, info: Record) -> None:
+        """Open both files, empty."""
+        self._lines = open(self.folder / "metrics.jsonl", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._rows = open(self.folder / "summary.csv", "w", encoding="utf-8", newline="")  # noqa: SIM115
+
+    def scalars(self, record: Record) -> None:
+        """Write one line; an epoch is a row of the table as well."""
+        assert self._lines is not None, "start() comes first"
+        assert self._rows is not None
+        clean = plain(record)
+        self._lines.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._lines.flush()
+        if record["kind"] == "epoch":
+            row = {key: value for key, value in clean.items() if key != "kind"}
+            if self._table is None:
+                self._table = csv.DictWriter(self._rows, list(row))
+                self._table.writeheader()
+            self._table.writerow(row)
+            self._rows.flush()
+
+    def artifact(self, path: Path) -> None:
+        """Files of the run lie in its folder already."""
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in (self._lines, self._rows):
+            if file is not None:
+                file.close()
+
+
+def plain(value: Any) -> Any:
+    """`value` with nan and infinities, also inside mappings, as None.
+
+    >>> plain({"loss": float("nan"), "density": {"fc": 0.5}})
+    {'loss': None, 'density': {'fc': 0.5}}
+    """
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

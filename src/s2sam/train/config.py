@@ -1,0 +1,264 @@
+"""What a run is: frozen dataclasses that refuse impossible values. Standard library only, so that `--help` is quick.
+
+A key of a YAML file or a flag is a field here; nested ones have dots (`--sam.scale relative`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from s2sam import registry
+from s2sam.sparse.names import unknown
+
+SHARPNESS = ("none", "s2sam", "sam")
+DIRECTIONS = ("gradient", "momentum")
+SCALES = ("norm", "relative", "asam")
+DISTRIBUTIONS = ("uniform", "uniform-first-dense", "uniform-first-last-dense", "er", "erk", "global")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "constant")
+AUGMENTATIONS = ("auto", "none", "crop", "flip", "crop+flip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamConfig:
+    """How the weights are displaced.
+
+    Args:
+        direction: gradient (the paper) or momentum; s2sam only.
+        sign: 1 (the paper) or -1 (the lookahead side); s2sam only.
+        scale: norm (|e| = rho), relative (|e| = rho |w|) or asam.
+        stats_every: a step record every so many steps, with what s2sam measures about itself; 0 = none.
+    """
+
+    direction: str = "gradient"
+    sign: int = 1
+    scale: str = "norm"
+    stats_every: int = 10
+
+    def __post_init__(self) -> None:
+        choice("sam.direction", self.direction, DIRECTIONS)
+        choice("sam.scale", self.scale, SCALES)
+        if self.sign not in (1, -1):
+            raise ValueError(f"sam.sign must be 1 or -1, got {self.sign!r}")
+        whole("sam.stats_every", self.stats_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """How the sparsity is laid out.
+
+    Args:
+        distribution: how the sparsity is shared among the layers: erk, er, uniform, uniform-first-dense,
+            uniform-first-last-dense, global (by score), or a mapping from layers to their sparsities.
+        include: only weights with these names are pruned; null = the default set.
+        exclude: weights with these names are never pruned.
+        options: options of the method, such as delta_t and drop_fraction; those of other methods are left aside.
+    """
+
+    distribution: str | dict[str, float] = "erk"
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.distribution, str):
+            choice("sparse.distribution", self.distribution, DISTRIBUTIONS)
+        rows = registry.list_methods()
+        known = sorted({option for row in rows for option in row.defaults})
+        for option in self.options:
+            if option not in known:
+                raise unknown("method option", option, known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The base optimizer.
+
+    Args:
+        name: sgd or adamw.
+        momentum: of sgd.
+        nesterov: of sgd.
+        weight_decay: of all parameters, the same in every arm.
+    """
+
+    name: str = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        choice("optim.name", self.name, OPTIMIZERS)
+        number("optim.momentum", self.momentum, 0.0, below=1.0)
+        number("optim.weight_decay", self.weight_decay, 0.0)
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("optim.nesterov needs optim.name sgd and an optim.momentum above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over time, step by step.
+
+    Args:
+        name: cosine (to final x lr) or constant.
+        warmup_epochs: epochs of linear warm-up before it.
+        final: the last learning rate as a share of lr; cosine only.
+    """
+
+    name: str = "cosine"
+    warmup_epochs: float = 0.0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        choice("schedule.name", self.name, SCHEDULES)
+        number("schedule.warmup_epochs", self.warmup_epochs, 0.0)
+        number("schedule.final", self.final, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on.
+
+    Args:
+        train_size: number of training images, equally many a class; null = all.
+        val_fraction: share of the training images that choose the best epoch and are not trained on.
+        split_seed: decides which; not the run's seed, so that all runs share their images.
+        augment: auto, none, crop, flip or crop+flip.
+    """
+
+    train_size: int | None = None
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    augment: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.train_size is not None:
+            whole("data_options.train_size", self.train_size, 1)
+        number("data_options.val_fraction", self.val_fraction, 0.0, below=1.0)
+        whole("data_options.split_seed", self.split_seed, 0)
+        choice("data_options.augment", self.augment, AUGMENTATIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. The defaults are the recipe "digits".
+
+    Args:
+        data: digits, the path of a folder with train.parquet and test.parquet, or the path of an .npz file.
+        model: see `s2sam list models`.
+        method: dense, or a sparse training method: see `s2sam list methods`.
+        sparsity: share of the prunable weights that are 0, at least 0 and below 1; without effect for dense.
+        sharpness: none, s2sam (one gradient a step) or sam (two).
+        rho: radius of the displacement.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: largest learning rate.
+        seed: decides initial weights, order of the images, augmentation and random masks.
+        out: the run's folder; null = runs/ and a name made of the settings.
+        device: auto, cpu or cuda.
+        sam: how the weights are displaced.
+        sparse: how the sparsity is laid out.
+        optim: the base optimizer.
+        schedule: the learning rate over time.
+        data_options: what is trained on.
+        model_options: options of the model, such as width.
+
+    Raises:
+        ValueError: an impossible value; the sentence names the key, what it takes and the nearest valid name.
+
+    Example:
+        >>> TrainConfig(method="static", sparsity=0.95, seed=1).name
+        'digits-mlp-static95-s2sam-seed1'
+        >>> TrainConfig(sharpness="s3sam")
+        Traceback (most recent call last):
+        ValueError: unknown sharpness 's3sam'; did you mean 's2sam'? (one of: none, s2sam, sam)
+    """
+
+    data: str = "digits"
+    model: str = "mlp"
+    method: str = "rigl"
+    sparsity: float = 0.9
+    sharpness: str = "s2sam"
+    rho: float = 0.05
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 0.1
+    seed: int = 0
+    out: str | None = None
+    device: str = "auto"
+    sam: SamConfig = field(default_factory=SamConfig)
+    sparse: SparseConfig = field(default_factory=lambda: SparseConfig(options={"delta_t": 20}))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data_options: DataConfig = field(default_factory=DataConfig)
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        choice("model", self.model, [row.name for row in registry.list_models()])
+        choice("method", self.method, ["dense", *(row.name for row in registry.list_methods())])
+        choice("sharpness", self.sharpness, SHARPNESS)
+        choice("device", self.device, ("auto", "cpu", "cuda"))
+        number("sparsity", self.sparsity, 0.0, below=1.0)
+        number("rho", self.rho, 0.0)
+        number("lr", self.lr, 0.0)
+        whole("epochs", self.epochs, 1)
+        whole("batch_size", self.batch_size, 2)
+        whole("seed", self.seed, 0)
+        if self.schedule.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is longer than the {self.epochs} epochs"
+            )
+        if not str(self.data).strip():
+            raise ValueError("data is empty; give 'digits' or the path of a data set")
+
+    @property
+    def name(self) -> str:
+        """A name made of the settings, for the run's folder."""
+        sparse = self.method if self.method == "dense" else f"{self.method}{100 * self.sparsity:g}"
+        return f"{Path(self.data).stem}-{self.model}-{sparse}-{self.sharpness}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path("runs", self.name) if self.out is None else Path(self.out)
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The entries of `sparse.options` that the method knows."""
+        if self.method == "dense":
+            return {}
+        defaults = registry.find(registry.list_methods(), self.method, "method").defaults
+        return {option: value for option, value in self.sparse.options.items() if option in defaults}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as nested plain values."""
+        return dataclasses.asdict(self)
+
+
+def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest valid name, unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise unknown(name, str(value), allowed)
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, *, below: float | None = None) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high], or in [low, below)."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high or (below is not None and value >= below):
+        limit = f"at least {low:g}"
+        if below is not None:
+            limit += f" and below {below:g}"
+        elif math.isfinite(high):
+            limit = f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be a number {limit}, got {value!r}")
+
+
+def whole(name: str, value: Any, low: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")

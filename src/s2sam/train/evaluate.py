@@ -1,0 +1,61 @@
+"""Loss and top-1 accuracy: accumulated during training, or measured on a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BATCH = 1024
+
+
+class Meter:
+    """Mean loss and accuracy over images, kept on the device until read; a batch with a non-finite loss is left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  #: loss, correct, images, non-finite batches
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, y: Tensor, loss: Tensor) -> None:
+        """Add one batch: logits (N, classes), labels (N,), its mean loss."""
+        finite = torch.isfinite(loss.detach())
+        correct = (logits.argmax(dim=1) == y).sum()
+        n = len(y)
+        batch = torch.stack([torch.where(finite, loss.detach() * n, 0.0), correct, finite * n, ~finite]).double()
+        batch[1] *= finite
+        self.totals += batch
+
+    def read(self) -> tuple[float, float, int]:
+        """(mean loss, top-1, number of non-finite batches); NaN where no batch was finite."""
+        loss, correct, images, bad = self.totals.tolist()
+        return (loss / images, correct / images, int(bad)) if images else (float("nan"), float("nan"), int(bad))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, prepare: Callable[[Tensor], Tensor]
+) -> tuple[float | None, float | None]:
+    """(mean cross entropy, top-1) of `model` in eval mode on all images; (None, None) if there are none.
+
+    Args:
+        model: left in the mode it was in.
+        x: images (N, C, H, W) as stored.
+        y: labels (N,).
+        prepare: turns stored images into what the model takes.
+    """
+    if len(x) == 0:
+        return None, None
+    training = model.training
+    model.eval()
+    try:
+        loss = torch.zeros((), dtype=torch.float64, device=x.device)
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        for rows in torch.arange(len(x), device=x.device).split(BATCH):
+            logits = model(prepare(x[rows])).float()
+            loss += F.cross_entropy(logits, y[rows], reduction="sum")
+            correct += (logits.argmax(dim=1) == y[rows]).sum()
+    finally:
+        model.train(training)
+    return float(loss) / len(x), int(correct) / len(x)

@@ -1,0 +1,75 @@
+"""The folder of a run: which files it holds, when it may be replaced, and that DONE is written last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2sam.train.atomic import atomic, write_text
+from s2sam.train.config import TrainConfig
+from s2sam.train.config_files import dump
+
+FILES = (
+    "DONE", "config.yaml", "env.json", "metrics.jsonl", "summary.csv", "model.safetensors", "masks.safetensors",
+    "report.html", "checkpoints", "plots",
+)  # fmt: skip
+
+
+class RunFolder:
+    """`path` with config.yaml, env.json, metrics.jsonl, summary.csv, checkpoints/, *.safetensors and, last, DONE."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where last.pt and best.pt are."""
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """True if a run finished here."""
+        return (self.path / "DONE").exists()
+
+    def check(self, overwrite: bool = False) -> None:
+        """Raise ValueError if no run may be written here: a finished one is here, or files that belong to no run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; choose another folder with --out")
+        if self.done and not overwrite:
+            raise ValueError(
+                f"{self.path} holds a finished run; choose another --out, or add --overwrite to replace it"
+            )
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "config.yaml").exists():
+            raise ValueError(f"{self.path} holds files that belong to no run; choose another folder with --out")
+
+    def create(self, config: TrainConfig, env: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Start a run here: what an earlier one left goes, DONE first; config.yaml and env.json are written."""
+        self.check(overwrite)
+        for name in FILES:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self.checkpoints.mkdir(parents=True)
+        write_text(self.path / "config.yaml", dump(config))
+        write_text(self.path / "env.json", json.dumps(env, indent=1) + "\n")
+
+    def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
+        """Write one safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = self.path / name
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        with atomic(path) as temporary:
+            save_file(copies, temporary, {"format": "pt"})
+        return path
+
+    def finish(self) -> None:
+        """Write DONE: everything else is there."""
+        write_text(self.path / "DONE", "")

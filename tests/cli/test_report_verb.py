@@ -1,0 +1,67 @@
+"""`s2sam report` on real, tiny runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from s2sam.cli import demo
+from s2sam.cli.main import main
+from s2sam.train.loop import run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """RigL with SGD and with S2-SAM, two seeds, one epoch."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, config in demo.make_configs(root, [0, 1], 1).items():
+        if name.startswith(("rigl90-none", "rigl90-s2sam")):
+            run(config)
+    return root
+
+
+def test_page_and_table(runs, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["report", str(runs), "--out", str(out), "--tables"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(out)
+    assert "RigL 90 %" in printed
+    assert "S2-SAM" in printed
+    page = out.read_text()
+    assert "s2sam report" in page
+    assert str(runs) in page
+    assert (tmp_path / "table.csv").read_text().count("\n") == 3
+    assert "inside the runs" in (tmp_path / "table.md").read_text()
+
+
+def test_folders_one_by_one(runs, tmp_path):
+    folders = [str(runs / f"rigl90-{sharpness}-seed0") for sharpness in ("none", "s2sam")]
+    assert main(["report", *folders, "--out", str(tmp_path / "page.html")]) == 0
+    assert "no interval from one seed" in (tmp_path / "page.html").read_text()
+    assert not (tmp_path / "table.csv").exists()
+
+
+def test_wrong_use_ends_in_one_sentence(runs, tmp_path, capsys):
+    first = runs / "rigl90-none-seed0"
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ([], "arguments are required"),
+        ([str(tmp_path / "nothing")], "nothing is not a run folder"),
+        ([str(tmp_path / "empty")], "empty is not a run folder"),
+        ([str(first), str(first)], "are the same arm and seed"),
+        ([str(first), str(runs / "rigl90-s2sam-seed0"), str(runs / "rigl90-s2sam-seed1")], "cannot be paired"),
+        ([str(runs), "--cost", str(tmp_path / "no.json")], "no cost measurement at"),
+        ([str(runs), "--out", str(tmp_path)], "is a folder"),
+    ]
+    for argv, sentence in cases:
+        assert main(["report", *argv]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+
+
+def test_unfinished_run_is_refused_by_name(runs, tmp_path, capsys):
+    config = next(iter(demo.make_configs(tmp_path, [0], 1).values()))
+    run(config)
+    (config.folder / "DONE").unlink()
+    assert main(["report", str(config.folder)]) == 2
+    assert f"{config.folder} is not a finished run" in capsys.readouterr().err
