@@ -1,4 +1,4 @@
-"""Synthetic run folders: the format of the trainer with invented numbers, so that reports are tested without training."""
+"""Synthetic run folders (the trainer's format, invented numbers) and a headless browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-ENV = {"versions": {"python": "3.12.1", "torch": "2.13.0", "s2sam": "0.1.0"}, "hardware": {"cpu": "a processor", "cores": 2}}
+ENV = {
+    "versions": {"python": "3.12.1", "torch": "2.13.0", "s2sam": "0.1.0"},
+    "hardware": {"cpu": "a processor", "cores": 2},
+}
 LAYERS = {"body.fc1": 0.3, "body.fc2": 0.08, "classifier": 0.6}
 STEP_SECONDS = {"none": 0.010, "s2sam": 0.011, "sam": 0.020}
 
@@ -51,7 +54,13 @@ def records_of(config: dict[str, Any], top1: float) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     moving = config["method"] == "rigl"
     for step in range(0, steps, 5):
-        record = {"kind": "step", "step": step, "epoch": step // per_epoch + 1, "loss": 2.3 * math.exp(-4 * step / steps), "lr": 0.1}
+        record = {
+            "kind": "step",
+            "step": step,
+            "epoch": step // per_epoch + 1,
+            "loss": 2.3 * math.exp(-4 * step / steps),
+            "lr": 0.1,
+        }
         if config["sharpness"] != "none":
             record |= {
                 "displacement": config["rho"] if step else 0.0,
@@ -112,7 +121,9 @@ def records_of(config: dict[str, Any], top1: float) -> list[dict[str, Any]]:
     return [*records, final]
 
 
-def write_run(root: Path, method: str = "dense", sharpness: str = "none", seed: int = 0, *, top1: float = 0.95, **changes: Any) -> Path:
+def write_run(
+    root: Path, method: str = "dense", sharpness: str = "none", seed: int = 0, *, top1: float = 0.95, **changes: Any
+) -> Path:
     """A finished run folder under `root`; `changes` go into its configuration."""
     config = config_of(method, sharpness, seed, **changes)
     folder = root / f"{method}-{sharpness}-{seed}-{len(list(root.glob('*')))}".replace("/", "_")
@@ -126,7 +137,7 @@ def write_run(root: Path, method: str = "dense", sharpness: str = "none", seed: 
 
 
 def write_design(root: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> list[Path]:
-    """The seven arms of the demonstration with invented accuracies: SAM is worse on RigL, nothing else differs clearly."""
+    """The seven arms of the demo with invented accuracies: SAM is worse on RigL, nothing else differs clearly."""
     shift = {("rigl", "sam"): -0.05}
     folders = []
     for method in ("dense", "rigl", "static"):
@@ -169,16 +180,29 @@ class Browser:
     """Headless Chromium, spoken to over its debugging pipe: messages are JSON objects that end with a zero byte."""
 
     FLAGS = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --no-default-browser-check --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage --mute-audio --remote-debugging-pipe"
+        "--headless --no-sandbox --disable-gpu --no-first-run --no-default-browser-check "
+        "--disable-background-networking "
+        "--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage --mute-audio "
+        "--remote-debugging-pipe"
     )
-    CHILD = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
+    CHILD = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], "
+        "sys.argv[3:])"
+    )
 
     def __init__(self, program: str, profile: Path) -> None:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (theirs_in, theirs_out)]
-        command = [sys.executable, "-c", self.CHILD, *map(str, high), program, *self.FLAGS.split(), f"--user-data-dir={profile}"]
+        command = [
+            sys.executable,
+            "-c",
+            self.CHILD,
+            *map(str, high),
+            program,
+            *self.FLAGS.split(),
+            f"--user-data-dir={profile}",
+        ]
         self._process = subprocess.Popen(
             command, pass_fds=high, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -211,12 +235,19 @@ class Browser:
             self._buffer += data
 
     def open(self, url: str, *, width: int = 1280, dark: bool = False) -> tuple[list[str], list[str], Any]:
-        """Load `url`; returns console errors, requested addresses (without its own) and a function that evaluates JavaScript."""
+        """Load `url`; returns console errors, requested addresses (not its own) and a function that runs JavaScript."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Network", "Runtime", "Log", "Page"):
             self.call(f"{domain}.enable", session)
-        self.call("Emulation.setDeviceMetricsOverride", session, width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            session,
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", session, features=scheme)
         self.events.clear()
@@ -225,7 +256,9 @@ class Browser:
             self._until(lambda m: m.get("method") == "Page.loadEventFired")
 
         def evaluate(script: str) -> Any:
-            return self.call("Runtime.evaluate", session, expression=script, awaitPromise=True, returnByValue=True)["result"].get("value")
+            return self.call("Runtime.evaluate", session, expression=script, awaitPromise=True, returnByValue=True)[
+                "result"
+            ].get("value")
 
         evaluate("new Promise(done => setTimeout(done, 250))")  # late requests and errors
         errors, requests = [], []
@@ -258,7 +291,10 @@ def browser(tmp_path_factory):
     names = [os.environ.get("S2SAM_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"]
     program = next((found for name in names if name and (found := shutil.which(name))), None)
     if program is None:
-        pytest.skip("no Chromium found: install the system package chromium or set S2SAM_CHROMIUM to open the report in a browser")
+        pytest.skip(
+            "no Chromium found: install the system package chromium or set S2SAM_CHROMIUM to open the report in a "
+            "browser"
+        )
     chromium = Browser(program, tmp_path_factory.mktemp("profile"))
     yield chromium
     chromium.close()

@@ -42,6 +42,9 @@ def test_keys_without_effect_make_no_arm(make_run):
     arms = arms_of(make_run(seed=0, rho=0.05, sparsity=0.9), make_run(seed=1, rho=0.2, sparsity=0.5, sam=sam_options))
     assert len(arms) == 1
     assert sorted(arms[0].runs) == [0, 1]
+    arms = arms_of(make_run("rigl", "sam", 0), make_run("rigl", "sam", 1, sam=sam_options))
+    assert [sorted(arm.runs) for arm in arms] == [[0, 1]]  # two-step SAM has no direction and no sign
+    assert len(arms_of(make_run("rigl", "s2sam", 0), make_run("rigl", "s2sam", 1, sam=sam_options))) == 2
 
 
 def test_arms_that_share_a_name_are_told_apart(make_run):
@@ -49,10 +52,16 @@ def test_arms_that_share_a_name_are_told_apart(make_run):
     assert [arm.treatment for arm in arms] == ["SGD", "S2-SAM (rho 0.05)", "S2-SAM (rho 0.1)"]
     uniform = {"distribution": "uniform", "options": {}}
     arms = arms_of(make_run("rigl"), make_run("rigl", sparse=uniform), make_run("rigl", sparsity=0.95))
-    assert [arm.base for arm in arms] == ["RigL 90 % (distribution erk)", "RigL 90 % (distribution uniform)", "RigL 95 %"]
+    assert [arm.base for arm in arms] == [
+        "RigL 90 % (distribution erk)",
+        "RigL 90 % (distribution uniform)",
+        "RigL 95 %",
+    ]
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.05}, {"epochs": 4}, {"batch_size": 32}, {"model": "resnet20"}, {"data": "elsewhere"}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.05}, {"epochs": 4}, {"batch_size": 32}, {"model": "resnet20"}, {"data": "elsewhere"}]
+)
 def test_unmatched_settings_are_refused(make_run, change):
     first, second = make_run("rigl"), make_run("rigl", "s2sam", **change)
     key, value = next(iter(change.items()))

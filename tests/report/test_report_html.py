@@ -68,7 +68,7 @@ def test_every_colour_of_a_figure_follows_the_theme(design_page):
 
 def test_all_parts_are_there(design_page):
     for heading in (
-        "Accuracy gained or lost",
+        "Difference in accuracy",
         "Test accuracy",
         "Test loss",
         "Training loss",
@@ -85,7 +85,9 @@ def test_all_parts_are_there(design_page):
 
 def test_hostile_names_stay_text(make_run):
     evil = '<script>alert("1")</script>&<b>'
-    folders = [make_run(evil, sharpness, seed, model=evil, data=evil) for sharpness in ("none", "<i>&\"'") for seed in (0, 1)]
+    folders = [
+        make_run(evil, sharpness, seed, model=evil, data=evil) for sharpness in ("none", "<i>&\"'") for seed in (0, 1)
+    ]
     page = render(make_table(folders), title=evil, how=evil, remarks=[evil])
     checker = checked(page)
     assert not {"script", "b", "i"} & set(checker.tags) - {"b"}
@@ -110,7 +112,9 @@ def test_a_page_without_any_difference_says_so(make_run):
     sentences = summary_sentences(table)
     assert sentences[0] == "The comparison shows no difference."
     assert NO_DIFFERENCE in sentences[1]
-    assert not re.search(r"\b(better|best|worse|superior|improve\w*|wins?|beats?|higher than|lower than)\b", " ".join(sentences))
+    assert not re.search(
+        r"\b(better|best|worse|superior|improve\w*|wins?|beats?|higher than|lower than)\b", " ".join(sentences)
+    )
 
 
 def test_one_dense_run_makes_a_page(make_run):

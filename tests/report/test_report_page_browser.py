@@ -33,7 +33,8 @@ def test_text_of_figures_stays_inside_their_cards(browser, page):
     outside = evaluate(
         "[...document.querySelectorAll('figure')].flatMap(f => { const box = f.getBoundingClientRect();"
         " return [...f.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();"
-        " return r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1 || r.bottom > box.bottom + 1 })"
+        " return r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1 || r.bottom > box.bottom + "
+        "1 })"
         ".map(t => t.textContent) })"
     )
     assert outside == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def texts(svg):
 
 def test_sections_and_panels(sections):
     assert {title: len(s.figures) for title, s in sections.items()} == {
-        "Accuracy gained or lost, and its price": 2,
+        "Difference in accuracy, and its price": 2,
         "Test accuracy": 2,
         "Test loss": 2,
         "Training loss": 2,
@@ -98,6 +99,8 @@ def test_colours_are_readable_as_text(mode, paper):
 def test_labels_never_overlap(values, gap, floor):
     moved = spread_apart(values, gap, floor)
     ordered = sorted(moved)
-    assert all(b - a >= gap * (1 - 1e-9) - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(b - a >= gap * (1 - 1e-9) - 1e-9 for a, b in pairwise(ordered))
     assert ordered[0] >= floor - 1e-9
-    assert [i for _, i in sorted((v, i) for i, v in enumerate(values))] == sorted(range(len(moved)), key=lambda i: moved[i])
+    assert [i for _, i in sorted((v, i) for i, v in enumerate(values))] == sorted(
+        range(len(moved)), key=lambda i: moved[i]
+    )

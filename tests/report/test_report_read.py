@@ -62,7 +62,10 @@ def two_finals(folder):
 
 
 def final_without_result(folder):
-    edit_records(folder, lambda records: [{k: v for k, v in r.items() if k != "test_top1" or r["kind"] != "final"} for r in records])
+    edit_records(
+        folder,
+        lambda records: [{k: v for k, v in r.items() if k != "test_top1" or r["kind"] != "final"} for r in records],
+    )
 
 
 def lost_epoch(folder):

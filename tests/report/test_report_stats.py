@@ -50,7 +50,7 @@ def test_paired_difference_golden():
 
 
 def test_four_comparisons_need_a_wider_interval():
-    # two degrees of freedom, a = .05 / 4 two-sided: t_{.99375, 2} = 8.8602 (t_2 has the closed form (2p-1) / sqrt(2p(1-p)))
+    # two degrees of freedom, a = .05 / 4 two-sided: t_{.99375, 2} = 8.8602, as t_2 is (2p - 1) / sqrt(2p (1 - p))
     p = 1 - 0.05 / 8
     quantile = (2 * p - 1) / math.sqrt(2 * p * (1 - p))
     wide = paired_difference({0: 0.92, 1: 0.93, 2: 0.97}, {0: 0.9, 1: 0.92, 2: 0.94}, comparisons=4)

@@ -17,7 +17,9 @@ from s2sam.report.tables import NO_DIFFERENCE, build_table, cells, headers, perc
 def table_of(make_run, **accuracies):
     """RigL arms with these accuracies by sharpness, one seed each position."""
     folders = [
-        make_run("rigl", sharpness, seed, top1=top1) for sharpness, values in accuracies.items() for seed, top1 in enumerate(values)
+        make_run("rigl", sharpness, seed, top1=top1)
+        for sharpness, values in accuracies.items()
+        for seed, top1 in enumerate(values)
     ]
     return build_table(group_runs(read_runs(folders)))
 
@@ -94,7 +96,9 @@ def test_csv_reads_back(design):
         assert float(read["test_top1_mean"]) == row.mean
         assert read["seeds"] == "0 1 2"
         assert float(read["sparsity_max"]) == row.sparsity[1]
-        assert read["simultaneous_low"] == ("" if row.difference is None or not row.difference.simultaneous else str(row.difference.simultaneous.low))
+        assert read["simultaneous_low"] == (
+            "" if row.difference is None or not row.difference.simultaneous else str(row.difference.simultaneous.low)
+        )
 
 
 def test_markdown_is_a_table(design):
@@ -115,8 +119,12 @@ def test_terminal_table_loses_no_number(design, width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     for row in table.rows:
-        assert f"{percent(row.mean)} ({percent(row.deviation)})" in text
-    assert "…" not in text or width < 100
+        line = next(i for i in text.splitlines() if f"{percent(row.mean)} ({percent(row.deviation)})" in i)
+        assert [row.arm.treatment, cells(row)[3], cells(row)[-2], cells(row)[-1]] == [
+            line.split()[i] for i in (0, 3, -2, -1)
+        ]
+        assert row.verdict in " ".join(text.split()) or width < 100
+    assert "…" not in text
     assert len(headers(table)) == len(cells(table.rows[0]))
 
 

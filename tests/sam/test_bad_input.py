@@ -298,7 +298,7 @@ def test_a_group_without_momentum_added_later_gets_one_sentence():
     optimizer = sgd(net[:2], momentum=0.9)
     S2SAM(optimizer, model=net, direction="momentum")
     optimizer.add_param_group({"params": list(net[2:].parameters()), "momentum": 0.0})
-    with pytest.raises(ValueError, match="momentum"):  # noqa: PT012 - at the step or at the next forward
+    with pytest.raises(ValueError, match="momentum"):
         for x, y in make_data(2):
             F.cross_entropy(net(x), y).backward()
             optimizer.step()

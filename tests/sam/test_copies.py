@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -151,18 +152,18 @@ def test_nothing_keeps_the_optimizer_or_the_model_alive(method):
     net, other = make_net(), make_net(seed=1)
     optimizer = FACTORIES["sgd"](net.parameters())
     sam = method(optimizer, model=net)
-    for x, y in make_data(2):
 
-        def closure(x=x, y=y):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(x), y)
-            loss.backward()
-            return loss
+    def closure(net, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
 
-        optimizer.step(closure)
+    for batch in make_data(2):
+        optimizer.step(partial(closure, net, optimizer, *batch))
     watched = [weakref.ref(thing) for thing in (net, optimizer, sam)]
     assert all(ref() is not None for ref in watched)
-    del closure, sam, optimizer, net
+    del sam, optimizer, net
     gc.collect()
     assert [ref() for ref in watched] == [None] * 3
     other(make_data(1)[0][0])

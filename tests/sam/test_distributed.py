@@ -83,7 +83,9 @@ def worker(folder):
 def results(tmp_path_factory):
     """What the two ranks saved."""
     folder = tmp_path_factory.mktemp("ddp")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_distributed as t; t.worker('.')"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_distributed as t; t.worker('.')"
+    )
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=folder, env=os.environ | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},

@@ -2,7 +2,6 @@
 
 import copy
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,9 +45,7 @@ class World:
         self.net = Net()
         self.data = iter(make_data(20))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
-        self.sam = S2SAM(
-            self.optimizer, model=self.net if self.with_model else None, **{"rho": RHO} | self.options
-        )
+        self.sam = S2SAM(self.optimizer, model=self.net if self.with_model else None, **{"rho": RHO} | self.options)
         self.moves = []
         self.clean = snapshot(self.net)
         self.net.encoder.register_forward_hook(self._measure)
@@ -88,7 +85,8 @@ SITUATIONS = {}
 
 def situation(expected, *, warm=2, with_model=True, **options):
     def add(function):
-        SITUATIONS[function.__name__] = (function, expected, warm, with_model, options)
+        name = function.__name__ + "_on_schedule" * callable(options.get("rho"))
+        SITUATIONS[name] = (function, expected, warm, with_model, options)
         return function
 
     return add
@@ -216,8 +214,7 @@ def a_reentrant_checkpoint_of_the_whole_model(world):
 
 @situation(0.0, warm=0)
 def a_reentrant_checkpoint_of_the_whole_model_on_the_first_step(world):
-    x, y = next(world.data)
-    F.cross_entropy(checkpoint(world.net, x.requires_grad_(), use_reentrant=True), y).backward()
+    world.loss(lambda x: checkpoint(world.net, x.requires_grad_(), use_reentrant=True)).backward()
 
 
 @situation(RHO)
@@ -289,8 +286,7 @@ def no_gradients_at_all(world):
 
 @situation(RHO)
 def an_exception_between_forward_and_step(world):
-    loss = world.loss()
-    assert loss.isfinite()
+    world.loss()
     with pytest.raises(IndexError):
         raise IndexError("the user's own")
     world.loss().backward()
@@ -333,13 +329,9 @@ def restore_before_step(world):
     world.sam.restore()
 
 
+@situation(0.0, rho=lambda step: 0.1 if step < 2 else 0.0)
 @situation(0.0, rho=0.0)
 def rho_zero(world):
-    world.loss(by_parts(world)).backward()
-
-
-@situation(0.0, rho=lambda step: 0.1 if step < 2 else 0.0)
-def a_schedule_that_has_come_to_zero(world):
     world.loss(by_parts(world)).backward()
 
 
@@ -406,62 +398,3 @@ def test_situation(name):
     if not isinstance(expected, str):
         assert len(world.moves) > before
         assert world.moves[-1] == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_refused_step_can_be_repeated_properly():
-    world = World().warm()
-    twin = World().warm()
-    next(twin.data)
-    world.loss(by_parts(world)).backward()
-    with pytest.raises(RuntimeError, match="clean weights"):
-        world.optimizer.step()
-    world.optimizer.zero_grad()
-    for w in (world, twin):
-        w.loss().backward()
-        w.step()
-    assert all(torch.equal(p, q) for p, q in zip(world.net.parameters(), twin.net.parameters(), strict=True))
-
-
-def test_warn_warns_once_per_such_step_and_takes_it():
-    world = World({"on_clean_grad": "warn"}).warm()
-    world.loss(by_parts(world)).backward()
-    w = snapshot(world.net)
-    with pytest.warns(UserWarning, match="clean weights") as caught:
-        world.optimizer.step()
-    assert len(caught) == 1
-    assert total([p - q for p, q in zip(world.net.parameters(), w, strict=True)]) > 0
-    world.optimizer.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        world.loss().backward()
-        world.step()
-
-
-def test_each_of_several_optimizers_is_guarded_on_its_own():
-    net = Net()
-    first = torch.optim.SGD(net.encoder.parameters(), lr=0.1)
-    second = torch.optim.AdamW([*net.head.parameters(), *net.spare.parameters()], lr=0.01)
-    S2SAM([first, second], model=net, rho=RHO)
-    for x, y in make_data(3):
-        F.cross_entropy(net(x), y).backward()
-        first.step()
-        second.step()  # its gradients are of the same displaced forward
-        with pytest.raises(RuntimeError, match="plain AdamW"):
-            second.step()
-        net.zero_grad()
-
-
-def test_a_group_with_rho_zero_is_not_guarded():
-    net = Net()
-    groups = [{"params": net.encoder.parameters(), "rho": 0.0}, {"params": net.head.parameters()}]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    S2SAM(optimizer, model=net, rho=RHO)
-    x, y = make_data(1)[0]
-    F.cross_entropy(net(x), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    net.encoder(x).square().mean().backward()
-    optimizer.step()
-    F.cross_entropy(net.head(torch.tanh(net.encoder(x))), y).backward()
-    with pytest.raises(RuntimeError, match="clean weights"):
-        optimizer.step()

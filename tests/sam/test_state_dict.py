@@ -30,7 +30,11 @@ class Run:
         self.sam = None
         if attach:
             self.sam = S2SAM(
-                self.optimizer, model=self.net, rho=lambda step: RHO * (1 + step % 4), direction=direction, stats_every=1
+                self.optimizer,
+                model=self.net,
+                rho=lambda step: RHO * (1 + step % 4),
+                direction=direction,
+                stats_every=1,
             )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, DATA)
 
@@ -105,7 +109,13 @@ def saved_at(moment, run):
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
     ("factory", "direction"),
-    [("sgd", "gradient"), ("sgd", "momentum"), ("sgd-fused", "gradient"), ("adamw", "gradient"), ("adamw-fused", "gradient")],
+    [
+        ("sgd", "gradient"),
+        ("sgd", "momentum"),
+        ("sgd-fused", "gradient"),
+        ("adamw", "gradient"),
+        ("adamw-fused", "gradient"),
+    ],
 )
 def test_resuming_in_fresh_objects_is_bit_equal(factory, direction, moment, order, data):
     run = Run(factory, direction)

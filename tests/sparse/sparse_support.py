@@ -55,13 +55,17 @@ def one_step(net: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor])
     optimizer.step()
 
 
-def attach(info: MethodInfo, net: nn.Module, optimizer: Any, *, seed: int = 3, delta_t: int = 3, **kw: Any) -> Sparsifier:
+def attach(
+    info: MethodInfo, net: nn.Module, optimizer: Any, *, seed: int = 3, delta_t: int = 3, **kw: Any
+) -> Sparsifier:
     """`info`'s method on a short schedule: 60 steps, a change every `delta_t` if it changes masks at all."""
     options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
     if info.load().needs_batches:
         kw |= {"batches": make_batches(2), "loss_fn": loss_fn}
     return sparsify(
-        net, optimizer, **{"method": info.name, "sparsity": 0.7, "total_steps": 60, "generator": generator(seed)} | options | kw
+        net,
+        optimizer,
+        **{"method": info.name, "sparsity": 0.7, "total_steps": 60, "generator": generator(seed)} | options | kw,
     )
 
 

@@ -36,7 +36,9 @@ def test_er_uses_fan_in_and_out_only():
     found = densities(SHAPES, 0.99, "er")
     raw = {"a": 19 / 48, "b": 48 / 512, "c": 96 / 2048, "fc": 74 / 640}
     eps = found["c"] / raw["c"]
-    assert {k: d / eps for k, d in found.items() if d < 1} == pytest.approx({k: raw[k] for k, d in found.items() if d < 1})
+    assert {k: d / eps for k, d in found.items() if d < 1} == pytest.approx(
+        {k: raw[k] for k, d in found.items() if d < 1}
+    )
     assert sum(d * math.prod(SHAPES[k]) for k, d in found.items()) == pytest.approx(0.01 * N)
 
 
@@ -68,7 +70,7 @@ def test_map_fixes_layers_and_meets_the_global_target():
 
 
 def test_a_map_of_all_layers_must_agree_with_the_target():
-    everything = {name: 0.75 for name in SHAPES}
+    everything = dict.fromkeys(SHAPES, 0.75)
     assert counts(SHAPES, 0.75, everything)["fc"] == 160
     with pytest.raises(ValueError, match=r"largest feasible sparsity is 0\.7[45]\d* and the smallest is 0\.75"):
         counts(SHAPES, 0.9, everything)

@@ -58,7 +58,11 @@ def test_state_of_the_weights_shape_is_masked_whoever_put_it_there():
     w, layers, mask = make()
     layers.set_({"w": mask})
     optimizer = torch.optim.Adam([w])
-    ones = {"exp_avg": torch.ones(4, 6), "mine": torch.ones(4, 6, dtype=torch.float64), "flags": torch.ones(4, 6, dtype=torch.bool)}
+    ones = {
+        "exp_avg": torch.ones(4, 6),
+        "mine": torch.ones(4, 6, dtype=torch.float64),
+        "flags": torch.ones(4, 6, dtype=torch.bool),
+    }
     optimizer.state[w] = {**ones, "step": torch.tensor(3.0), "row": torch.ones(4), "note": "text"}
     layers.apply_to_state(optimizer)
     state = optimizer.state[w]
@@ -101,7 +105,9 @@ def test_bits_of_another_shape_are_refused():
 
 def test_a_step_costs_one_call_per_gradient_and_one_each_for_weights_and_state():
     class Count(TorchFunctionMode):
-        calls: list[str] = []
+        def __init__(self):
+            super().__init__()
+            self.calls = []
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             self.calls.append(getattr(func, "__name__", str(func)))

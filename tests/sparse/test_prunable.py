@@ -92,7 +92,11 @@ def test_include_and_exclude(include, exclude, added, removed):
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("stemm.weight", "did you mean 'stem.weight'"), ("Convv2d", "did you mean 'Conv2d'"), ("(", "no valid regular expression")],
+    [
+        ("stemm.weight", "did you mean 'stem.weight'"),
+        ("Convv2d", "did you mean 'Conv2d'"),
+        ("(", "no valid regular expression"),
+    ],
 )
 def test_patterns_that_match_nothing(pattern, message):
     with pytest.raises(ValueError, match=message):

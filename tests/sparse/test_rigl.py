@@ -80,7 +80,9 @@ def test_parameters_without_masks_wait_too_and_schedules_advance():
 
 def test_cosine_decides_the_number_and_the_end():
     drops = []
-    layer, optimizer, sparsifier = golden(MASK, WEIGHTS, "rigl", delta_t=1, total_steps=20, t_end=0.5, drop_fraction=1.0)
+    layer, optimizer, sparsifier = golden(
+        MASK, WEIGHTS, "rigl", delta_t=1, total_steps=20, t_end=0.5, drop_fraction=1.0
+    )
     part = sparsifier.parts[0]
     for t in range(1, 12):
         drops.append(sparsifier.drop_count(part, "weight", t) if sparsifier.due(part, t) else 0)

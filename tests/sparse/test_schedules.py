@@ -1,6 +1,7 @@
 """Schedules at their ends and in between."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def test_cubic_is_monotone_and_ends_exactly(initial, final, start, length):
     s = Cubic(initial, final, start, start + length)
     path = [s(t) for t in range(start + length + 2)]
     direction = 1 if final >= initial else -1
-    assert all(direction * (b - a) >= -1e-12 for a, b in zip(path, path[1:], strict=False))
+    assert all(direction * (b - a) >= -1e-12 for a, b in pairwise(path))
     assert path[start + length] == final
 
 

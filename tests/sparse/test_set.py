@@ -96,7 +96,9 @@ def test_same_generator_same_masks_whatever_the_global_seed():
 
 
 def test_a_nearly_dense_layer_exchanges_no_more_than_it_has_room_for():
-    layer, optimizer, sparsifier = golden([1] * 11 + [0], [*WEIGHTS[:8], 0.9, 1.0, 1.1, 0], "set", delta_t=1, drop_fraction=0.9)
+    layer, optimizer, sparsifier = golden(
+        [1] * 11 + [0], [*WEIGHTS[:8], 0.9, 1.0, 1.1, 0], "set", delta_t=1, drop_fraction=0.9
+    )
     take_step(layer, optimizer)
     assert sparsifier.last_update.dropped == {"weight": 1}
     assert sparsifier.masks["weight"].flatten().tolist() == [True, False] + [True] * 10

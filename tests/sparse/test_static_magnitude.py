@@ -27,7 +27,9 @@ def test_magnitude_over_all_layers_keeps_one_in_each():
     net = make_net()
     with torch.no_grad():
         net[4].weight.mul_(1e-3)
-    sparsifier = sparsify(net, torch.optim.SGD(net.parameters(), lr=0.1), method="magnitude", sparsity=0.9, distribution="global")
+    sparsifier = sparsify(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), method="magnitude", sparsity=0.9, distribution="global"
+    )
     kept = {name: int(m.sum()) for name, m in sparsifier.masks.items()}
     assert sum(kept.values()) == round(0.1 * (72 + 120 + 30))
     assert kept["4.weight"] == 1

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from s2sam.sparse.topk import global_topk, topk_mask
 
 values = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan]), st.floats(width=32, allow_infinity=False)
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan]),
+    st.floats(width=32, allow_infinity=False),
 )
 score_lists = st.lists(values, min_size=1, max_size=60)
 
@@ -63,7 +64,10 @@ def test_no_host_read_without_check():
     assert mask.tolist() == [True, False, False]
 
 
-@given(st.lists(st.lists(values.filter(lambda v: v != -math.inf), min_size=2, max_size=15), min_size=1, max_size=5), st.data())
+@given(
+    st.lists(st.lists(values.filter(lambda v: v != -math.inf), min_size=2, max_size=15), min_size=1, max_size=5),
+    st.data(),
+)
 def test_global_equals_one_long_list(layers, data):
     flat = [s for layer in layers for s in layer]
     k = data.draw(st.integers(0, len(flat)))
@@ -72,7 +76,8 @@ def test_global_equals_one_long_list(layers, data):
 
 
 @given(
-    st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=2, max_size=15), min_size=1, max_size=5), st.data()
+    st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=2, max_size=15), min_size=1, max_size=5),
+    st.data(),
 )
 def test_global_keeps_the_best_of_each_layer(layers, data):
     size = sum(map(len, layers))

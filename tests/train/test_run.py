@@ -133,7 +133,7 @@ def test_equal_settings_give_equal_weights(tmp_path, method, sharpness):
 
 
 @pytest.mark.parametrize(
-    ("method", "sharpness"), [("rigl", "s2sam"), ("set", "s2sam"), ("set", "sam"), ("dense", "sam")]
+    ("method", "sharpness"), [("rigl", "s2sam"), ("set", "s2sam"), ("set", "sam"), ("rigl", "sam"), ("dense", "sam")]
 )
 def test_rho_zero_is_the_plain_run(tmp_path, method, sharpness):
     for name in ("none", sharpness):

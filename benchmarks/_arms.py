@@ -1,0 +1,120 @@
+"""The contestants: SGD, S2-SAM in both directions, SAM, RigL, and RigL with S2-SAM, each with a network of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2sam import S2SAM, SAM, sparsify
+
+RHO, SPARSITY = 0.05, 0.9
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+BASES: dict[str, dict[str, bool]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+DELTA_T = 100  #: RigL's steps between topology updates, over which the cost of an update is spread
+
+
+@dataclass
+class Arm:
+    """A network, its optimizer and what is attached to it.
+
+    `train_step` is one step of training on one fixed batch. `optimizer_step` is the part of it that is not forward or
+    backward: displace, restore, base step, masks, next direction; with gradients that `refresh` puts in place.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: tuple[Tensor, Tensor]
+    sam: Any = None
+    sparsifier: Any = None
+    needs_closure: bool = False
+    gradients: list[Tensor] = field(default_factory=list)
+
+    def loss(self) -> Tensor:
+        """Forward and backward."""
+        x, y = self.batch
+        loss = F.cross_entropy(self.model(x), y)
+        loss.backward()
+        return loss
+
+    def train_step(self) -> None:
+        """As in a user's loop: forward, backward, step, zero_grad."""
+        if self.needs_closure:
+            self.optimizer.step(self.loss)
+        else:
+            self.loss()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def capture(self) -> None:
+        """Keep the gradients of one real backward as the fixed ones."""
+        self.loss()
+        if isinstance(self.sam, S2SAM):
+            self.sam.restore()
+        self.gradients = [p.grad.detach().clone() for p in self.model.parameters() if p.grad is not None]
+        self.optimizer.zero_grad()
+
+    def refresh(self) -> None:
+        """Put fresh copies of the fixed gradients into p.grad (untimed)."""
+        for p, g in zip(self.model.parameters(), self.gradients, strict=True):
+            p.grad = g.clone()
+
+    def optimizer_step(self) -> None:
+        """What is timed as "optimizer only"."""
+        if self.needs_closure:
+            kept = [p.grad for p in self.model.parameters()]
+
+            def closure() -> Tensor:
+                for p, g in zip(self.model.parameters(), kept, strict=True):
+                    p.grad = g
+                return self.gradients[0]
+
+            self.optimizer.step(closure)
+            return
+        if self.sam is not None:
+            self.sam.displace()
+        self.optimizer.step()
+
+    def one_pass(self) -> None:
+        """One forward and backward, and nothing else."""
+        self.loss()
+        self.optimizer.zero_grad()
+
+
+def make_arm(
+    kind: str,
+    build: Callable[[], nn.Module],
+    batch: tuple[Tensor, Tensor],
+    *,
+    base: str = "default",
+    delta_t: int = DELTA_T,
+) -> Arm:
+    """One contestant: "sgd", "s2sam-gradient", "s2sam-momentum", "sam", "rigl" or "rigl+s2sam", ready to be timed."""
+    model = build().train()
+    optimizer = torch.optim.SGD(model.parameters(), **SGD, **BASES[base])
+    arm = Arm(model, optimizer, batch)
+    if kind.startswith("rigl"):
+        arm.sparsifier = sparsify(
+            model,
+            optimizer,
+            method="rigl",
+            sparsity=SPARSITY,
+            total_steps=100_000,
+            delta_t=delta_t,
+            generator=torch.Generator().manual_seed(0),
+        )
+    if kind == "sam":
+        arm.sam, arm.needs_closure = SAM(optimizer, model=model, rho=RHO), True
+    elif "s2sam" in kind:
+        direction = "momentum" if kind.endswith("momentum") else "gradient"
+        arm.sam = S2SAM(optimizer, model=model, rho=RHO, direction=direction)
+    arm.capture()
+    for _ in range(3):  # state exists, directions exist
+        arm.refresh()
+        arm.optimizer_step()
+    arm.optimizer.zero_grad()
+    return arm

@@ -1,0 +1,70 @@
+"""sparsify(): the one call that makes training sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from s2sam.registry import find, list_methods
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from s2sam.sparse.base import Sparsifier
+    from s2sam.sparse.budget import Distribution
+    from s2sam.sparse.prunable import Patterns
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer],
+    *,
+    method: str | type[Sparsifier],
+    sparsity: float,
+    distribution: Distribution = "erk",
+    total_steps: int | None = None,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Any = None,
+    generator: torch.Generator | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    init: bool = True,
+    **method_options: Any,
+) -> Sparsifier:
+    """Make the training of `model` with `optimizer` sparse from now on; the training loop does not change.
+
+    `method` is a name from :func:`s2sam.registry.list_methods` or a class of your own; the other arguments are those of
+    :class:`s2sam.sparse.base.Sparsifier`. Whether S2SAM is attached before or after makes no difference.
+
+    >>> import torch
+    >>> from s2sam import sparsify
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> sparsifier = sparsify(model, optimizer, method="rigl", sparsity=0.75, total_steps=1000)
+    >>> model(torch.randn(2, 8)).sum().backward()
+    >>> optimizer.step()
+    >>> sparsifier.sparsity()
+    0.75
+
+    Raises:
+        ValueError: an unknown method or option (the nearest name is given), an impossible sparsity (the largest
+            feasible one is given), an optimizer that shares no parameter with the model, or weights that are sparse.
+    """
+    cls = find(list_methods(), method, "method").load() if isinstance(method, str) else method
+    made: Sparsifier = cls(
+        model,
+        optimizer,
+        sparsity=sparsity,
+        distribution=distribution,
+        total_steps=total_steps,
+        batches=batches,
+        loss_fn=loss_fn,
+        generator=generator,
+        include=include,
+        exclude=exclude,
+        init=init,
+        **method_options,
+    )
+    return made

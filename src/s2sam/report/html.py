@@ -1,0 +1,292 @@
+"""The report as one self-contained page: no script, no network, readable on a phone, in the dark and on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from statistics import median
+from string import Template
+from typing import Any
+
+from s2sam import __version__
+from s2sam.report.arms import Arm, flatten
+from s2sam.report.plots import Section, draw_all, treatments
+from s2sam.report.svg import PALETTE
+from s2sam.report.tables import Row, Table, cells, headers, interval_text, percent
+
+_DATA = {
+    "digits": (
+        "scikit-learn's handwritten digits",
+        "The data are 1,797 grey images of 8 x 8 pixels. This is a toy that shows the whole path from training to "
+        "report; what holds here "
+        "need not hold for large networks or real images.",
+    )
+}
+
+
+def render(
+    table: Table,
+    *,
+    title: str = "Sparse and sharpness-aware training, side by side",
+    how: str = "",
+    remarks: Sequence[str] = (),
+) -> str:
+    """The page as a string.
+
+    Args:
+        table: what :func:`s2sam.report.tables.build_table` returned.
+        title: the headline.
+        how: the command that made the runs or the page.
+        remarks: further sentences for the section on what is not shown, as plain text.
+    """
+    arms = [row.arm for row in table.rows]
+    names = treatments(arms)
+    config = flatten(next(iter(arms[0].runs.values())).config)
+    data, model = str(config.get("data", "?")), str(config.get("model", "?"))
+    seeds = sorted({seed for arm in arms for seed in arm.runs})
+    facts = {
+        "arms": len(arms),
+        "runs": sum(row.n for row in table.rows),
+        "seeds": ", ".join(map(str, seeds)),
+        "test images": table.rows[0].test_images,
+        "epochs": config.get("epochs", "?"),
+    }
+    return Template(files("s2sam.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title=_text(title),
+        kicker=_text(f"s2sam report / {data} / {model}"),
+        lead=_text(_lead(arms, data, model)),
+        facts="".join(f"<li><b>{_text(str(v))}</b> {_text(k)}</li>" for k, v in facts.items()),
+        summary=_summary(table),
+        table=_table(table, names),
+        notes=_items(table.notes),
+        legend=_legend(names),
+        sections="".join(map(_section, draw_all(table))),
+        caveats=_items([*_caveats(table, data), *remarks]),
+        how=_text(how or "s2sam report " + " ".join(str(run.folder) for arm in arms for run in arm.runs.values())),
+        configuration=_pairs(_common(arms)),
+        arm_settings=_grid(["arm", "network", "optimizer"], [_settings(arm) for arm in arms]),
+        environment=_environment(arms),
+        runs=_grid(["arm", "seed", "test accuracy %", "test loss", "sparsity %", "folder"], _runs(arms)),
+        version=_text(__version__),
+        light=_palette(0),
+        dark=_palette(1),
+        toggles="\n".join(
+            f"body:has(#show-{i}:not(:checked)) svg .s{i} {{ opacity: .06; }}" for i in range(len(names))
+        ),
+    )
+
+
+def summary_sentences(table: Table) -> list[str]:
+    """What may be said: first the count, then each comparison with its interval, the resolution and the price."""
+    compared = [row for row in table.rows if row.difference is not None]
+    if not compared:
+        return [
+            "There is no arm to compare with another one here: a comparison needs the plain optimizer on the same "
+            "network."
+        ]
+    shown = [row for row in compared if row.difference is not None and row.difference.shows]
+    none = (
+        "The comparison shows no difference."
+        if len(compared) == 1
+        else f"None of the {len(compared)} comparisons shows a difference."
+    )
+    first = (
+        none
+        if not shown
+        else f"{len(shown)} of {_count(len(compared), 'comparison')} {'shows' if len(shown) == 1 else 'show'} a "
+        f"difference."
+    )
+    return [first, *map(_sentence, compared), *_resolution(compared), *_price(compared)]
+
+
+def _sentence(row: Row) -> str:
+    d = row.difference
+    assert d is not None
+    assert row.reference is not None
+    start = (
+        f"{row.arm.base}: {row.arm.treatment} minus {row.reference.treatment} is {percent(d.mean, sign=True)} points"
+    )
+    covering = f" for all {d.comparisons} together" if d.comparisons > 1 else ""
+    interval = f", 95 % interval{covering} {interval_text(d.simultaneous)}" if d.simultaneous else ""
+    return f"{start}{interval} (n = {_count(d.n, 'seed')}): {row.verdict}."
+
+
+def _resolution(compared: Sequence[Row]) -> list[str]:
+    widths = [
+        row.difference.simultaneous.half_width for row in compared if row.difference and row.difference.simultaneous
+    ]
+    if not widths:
+        return ["Without intervals nothing can be concluded; train more seeds."]
+    low, high = percent(min(widths), 1), percent(max(widths), 1)
+    reach = low if low == high else f"{low} to {high}"
+    return [
+        f"The intervals reach {reach} points to either side: smaller differences could not have been shown here, in "
+        f"either direction."
+    ]
+
+
+def _price(compared: Sequence[Row]) -> list[str]:
+    parts = []
+    for treatment in dict.fromkeys(row.arm.treatment for row in compared):
+        ratios = [row.cost.ratio for row in compared if row.arm.treatment == treatment and row.cost and row.cost.ratio]
+        if ratios:
+            parts.append(f"{median(ratios):.2f} times as long with {treatment}")
+    return [f"Against the plain optimizer a training step took {' and '.join(parts)}."] if parts else []
+
+
+def _summary(table: Table) -> str:
+    first, *rest = summary_sentences(table)
+    return f"<p><b>{_text(first)}</b></p><ul>{_items(rest)}</ul>" if rest else f"<p>{_text(first)}</p>"
+
+
+def _lead(arms: Sequence[Arm], data: str, model: str) -> str:
+    where = _DATA.get(data, (data, ""))[0]
+    networks = list(dict.fromkeys(arm.base.replace("Dense", "dense").replace("Static", "static") for arm in arms))
+    listed = " and ".join(filter(None, [", ".join(networks[:-1]), networks[-1]]))
+    return (
+        f"The network {model} on {where}, trained {listed}, with {_either(treatments(arms))}. In all runs of one "
+        f"seed the initial "
+        "weights, the order of the data and every setting that does not make the arm are the same."
+    )
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" or {names[-1]}"
+
+
+def _caveats(table: Table, data: str) -> list[str]:
+    n = min(row.n for row in table.rows)
+    caveats = [_DATA[data][1]] if data in _DATA else []
+    caveats.append(
+        f"With {_count(n, 'seed')} an arm an interval is wide, and an interval that contains 0 is not proof that two "
+        f"arms are equal."
+        if n > 1
+        else "With one seed there is no interval, and no difference in this table means anything by itself."
+    )
+    caveats += [
+        "All arms share one test set, so its chance composition is common to them and is in no interval.",
+        "The report cannot know how settings were chosen: an arm whose rho was searched, against a plain optimizer "
+        "that was not, looks better "
+        "than it is.",
+        "Short runs reward fast optimisation, and flat minima are said to pay late; an effect of full training "
+        "budgets cannot be seen in a short run.",
+        "Times hold for the machine and the network named below. On small networks the overhead of every method "
+        "looks large.",
+    ]
+    return caveats
+
+
+def _table(table: Table, names: Sequence[str]) -> str:
+    head = headers(table)
+    text_columns = {0, 6}
+    columns = "".join(f'<th scope="col"{_left(i in text_columns)}>{_text(h)}</th>' for i, h in enumerate(head))
+    body, base = [], None
+    for row in table.rows:
+        if row.arm.base != base:
+            base = row.arm.base
+            body.append(
+                f'<tr class="base"><th scope="rowgroup">{_text(base)}</th><td colspan="{len(head) - 1}"></td></tr>'
+            )
+        series = names.index(row.arm.treatment) % len(PALETTE)
+        _, *values = cells(row)
+        shows = row.difference.shows if row.difference else 0
+        pill = f'<span class="pill{ {1: " up", -1: " down"}.get(shows, "") }">{_text(row.verdict)}</span>'
+        dot = f'<span class="dot" style="background:var(--s{series})"></span>'
+        first = f'<th scope="row">{dot}{_text(row.arm.treatment)}</th>'
+        rest = "".join(
+            f"<td{_left(i in text_columns)}>{pill if i == 6 else _text(v)}</td>" for i, v in enumerate(values, start=1)
+        )
+        body.append(f"<tr>{first}{rest}</tr>")
+    return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _left(yes: bool) -> str:
+    return ' class="text"' if yes else ""
+
+
+def _legend(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return ""
+    labels = "".join(
+        f'<label><input type="checkbox" id="show-{i}" checked style="accent-color:var(--s{i % len(PALETTE)})">'
+        f'<span style="color:var(--s{i % len(PALETTE)})">{_text(name)}</span></label>'
+        for i, name in enumerate(names)
+    )
+    opening = '<div class="card legend" role="group" aria-label="Colours of the figures">'
+    return f'{opening}<span class="hint">Show</span>{labels}</div>'
+
+
+def _section(section: Section) -> str:
+    figures = "".join(f'<figure class="card">{figure.svg}</figure>' for figure in section.figures)
+    size = {1: " one", 3: " three"}.get(len(section.figures), "")
+    head = f'<h2>{_text(section.title)}</h2><p class="caption">{_text(section.caption)}</p>'
+    return f'<section>{head}<div class="grid{size}">{figures}</div></section>'
+
+
+def _settings(arm: Arm) -> list[str]:
+    def words(key: Sequence[tuple[str, Any]]) -> str:
+        return ", ".join(f"{k} {v}" for k, v in key if v not in (None, (), ""))
+
+    return [arm.name, words(arm.base_key), words(arm.treatment_key)]
+
+
+def _runs(arms: Sequence[Arm]) -> list[list[str]]:
+    return [
+        [
+            arm.name,
+            str(seed),
+            percent(run.final["test_top1"]),
+            f"{run.final['test_loss']:.4f}",
+            percent(run.final["sparsity"], 1),
+            str(run.folder),
+        ]
+        for arm in arms
+        for seed, run in arm.runs.items()
+    ]
+
+
+def _common(arms: Sequence[Arm]) -> dict[str, Any]:
+    """The settings with one value in all runs."""
+    flat = [flatten(run.config) for arm in arms for run in arm.runs.values()]
+    return {k: v for k, v in flat[0].items() if k != "out" and all(other.get(k) == v for other in flat)}
+
+
+def _environment(arms: Sequence[Arm]) -> str:
+    environments: list[Mapping[str, Any]] = []
+    for arm in arms:
+        for run in arm.runs.values():
+            if run.env not in environments:
+                environments.append(run.env)
+    several = (
+        f'<p class="caption">The runs come from {len(environments)} environments.</p>' if len(environments) > 1 else ""
+    )
+    return several + "".join(_pairs(flatten(env)) for env in environments)
+
+
+def _pairs(mapping: Mapping[str, Any]) -> str:
+    rows = "".join(f'<tr><th scope="row">{_text(str(k))}</th><td>{_text(str(v))}</td></tr>' for k, v in mapping.items())
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    columns = "".join(f'<th scope="col">{_text(h)}</th>' for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _text(value: str) -> str:
+    """Escaped, with the percent sign kept at its number."""
+    return escape(value, quote=True).replace(" %", "&nbsp;%")
+
+
+def _items(sentences: Iterable[str]) -> str:
+    return "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _palette(mode: int) -> str:
+    return " ".join(f"--s{i}: {colours[mode]};" for i, colours in enumerate(PALETTE))

@@ -1,0 +1,58 @@
+"""Step times of several arms side by side: in one process, in turn, round after round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor
+
+from s2sam.train.config import TrainConfig
+from s2sam.train.loop import train_step
+from s2sam.train.state import TrainState, build
+
+
+def measure_rounds(
+    configs: Mapping[str, TrainConfig], *, rounds: int = 15, steps: int = 20, warm_up: int = 5
+) -> dict[str, list[float]]:
+    """Seconds per training step, arm name -> one number per round.
+
+    In a round every arm takes `steps` steps, starting with another arm each time, so that what disturbs the machine
+    disturbs neighbours alike. With `steps` a multiple of the interval of topology updates their cost is in each round.
+    Forward, backward and optimizer step are timed; data loading, learning-rate schedule and what S2SAM measures about
+    itself (`stats_every`) are not.
+    """
+    arms = {name: _Arm(config) for name, config in configs.items()}
+    for arm in arms.values():
+        arm.seconds(warm_up)
+    order = list(arms)
+    found: dict[str, list[float]] = {name: [] for name in order}
+    for turn in range(rounds):
+        start = turn % len(order)
+        for name in order[start:] + order[:start]:
+            found[name].append(arms[name].seconds(steps) / steps)
+    return found
+
+
+class _Arm:
+    def __init__(self, config: TrainConfig) -> None:
+        self.state: TrainState = build(replace(config, sam=replace(config.sam, stats_every=0)))
+        self.state.model.train()
+        self.batches: Iterator[tuple[Tensor, Tensor]] = chain.from_iterable(repeat(self.state.batches))
+
+    def seconds(self, steps: int) -> float:
+        """Take `steps` steps; the seconds they took together."""
+        total = 0.0
+        for x, y in (next(self.batches) for _ in range(steps)):
+            start = self._now()
+            train_step(self.state, x, y)
+            total += self._now() - start
+        return total
+
+    def _now(self) -> float:
+        if self.state.device.type == "cuda":
+            torch.cuda.synchronize(self.state.device)
+        return time.perf_counter()

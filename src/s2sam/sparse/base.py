@@ -1,0 +1,308 @@
+"""Sparsifier: keeps chosen weights of a model at exactly 0 while an unchanged optimizer trains the rest.
+
+What happens in a step is told in `part.py`. A method subclasses :class:`Sparsifier` (or `DropGrow`) and says how it
+differs:
+
+    initial_scores   which weights are active at first: the largest scores, as many as the budget gives the layer
+    due              whether step t changes the topology (never, by default)
+    next_masks       the masks after the change
+    placement        "after": the change follows the optimizer's step; "replace": it takes the place of it
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2sam.hooks import check_optimizers, step_hooks
+from s2sam.sparse import scores, state, sync
+from s2sam.sparse.budget import Distribution, counts
+from s2sam.sparse.masks import counts as count_true
+from s2sam.sparse.names import unknown
+from s2sam.sparse.part import Part
+from s2sam.sparse.prunable import Patterns, discover, in_optimizers
+from s2sam.sparse.report import Report, make_report
+from s2sam.sparse.topk import global_topk, topk_mask
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options."""
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """What one change of the topology did: weights dropped and grown per layer, at step `step` of its optimizer."""
+
+    step: int
+    dropped: dict[str, int]
+    grown: dict[str, int]
+
+
+class Sparsifier:
+    """Sparse training of `model` with `optimizer`, or with a list of optimizers that share the model's weights.
+
+    Args:
+        model: whose weights become sparse; compiled and DDP-wrapped models count as the module inside.
+        optimizer: a torch optimizer of any kind, or several; weights that none of them holds stay dense.
+        sparsity: the share of all prunable weights that is 0.
+        distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity}, or
+            "global", by the initial scores over all layers together.
+        power_scale: exponent of "erk".
+        total_steps: calls of `optimizer.step()` in the whole training, for methods with a schedule.
+        batches, loss_fn: data and loss, for methods that score weights with them.
+        generator: a CPU `torch.Generator` for all draws; by default a new one with rank 0's `torch.initial_seed()`.
+        include, exclude: patterns, see :func:`s2sam.sparse.prunable.discover`.
+        init: False leaves weights alone and expects :meth:`load_state_dict` before the first step.
+        options: the method's own.
+
+    Raises:
+        ValueError: an argument that cannot be used; the message says which and what would do.
+
+    Cost: one byte per prunable weight, two more once the topology has changed.
+    """
+
+    method: ClassVar[str] = ""
+    Options: ClassVar[type] = NoOptions
+    placement: ClassVar[Literal["after", "replace"]] = "after"
+    dense_state: ClassVar[bool] = False  #: the optimizer state of pruned weights is left to the method
+    needs_batches: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        sparsity: float,
+        distribution: Distribution = "erk",
+        power_scale: float = 1.0,
+        total_steps: int | None = None,
+        batches: Iterable[Any] | None = None,
+        loss_fn: Any = None,
+        generator: torch.Generator | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        init: bool = True,
+        **options: Any,
+    ) -> None:
+        self.options: Any = self._read_options(options)
+        self.total_steps = _check_steps(total_steps)
+        self.batches, self.loss_fn = batches, loss_fn
+        if batches is not None and not self.needs_batches:
+            warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError("generator must be a CPU torch.Generator, so that every device and rank draws the same")
+        self.frozen = False
+        self.last_update: UpdateInfo | None = None
+        self.updates = 0  #: changes of the topology so far
+        self._initial: dict[str, Tensor] = {}  # masks at the first step, and the union of all since; kept
+        self._explored: dict[str, Tensor] = {}  # from the first change on
+        optimizers = check_optimizers(optimizer)
+        for one in optimizers:
+            step_hooks(one)
+        self.entries = in_optimizers(discover(model, include, exclude), optimizers)
+        self.weights = {e.name: e.parameter for e in self.entries if e.prunable}  #: the prunable ones
+        self.parts = self._split(optimizers)
+        self.check_options()
+        self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
+        self._ready, self._unchecked = init, True
+        if init:
+            self._set_masks(self.initial_masks(model, sparsity, distribution, power_scale))
+            self.apply()
+        for part in self.parts:
+            part.attach()
+
+    # -- what a method overrides ------------------------------------------------------------------------------------
+
+    def check_options(self) -> None:
+        """Raise ValueError if the options, `total_steps`, `batches` and `loss_fn` do not go together."""
+
+    def initial_scores(self, model: nn.Module) -> dict[str, Tensor]:
+        """A score per weight; the largest are active at first. Default: random."""
+        return {name: scores.random(w, self.generator) for name, w in self.weights.items()}
+
+    def due(self, part: Part, t: int) -> bool:
+        """Whether the `t`-th step of the part's optimizer (from 1) changes the topology. Must not read the device."""
+        return False
+
+    def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
+        """New masks of the part's layers that change, after its step `t`. Gradients are in `weight.grad`."""
+        raise NotImplementedError(f"{type(self).__name__} is due to change its masks but does not say how")
+
+    def extra_state(self) -> dict[str, Any]:
+        """More to save: tensors, numbers, strings and containers of them."""
+        return {}
+
+    def load_extra_state(self, extra: Mapping[str, Any]) -> None:
+        """Take back what :meth:`extra_state` gave."""
+
+    def initial_masks(
+        self, model: nn.Module, sparsity: float, distribution: Distribution, power_scale: float
+    ) -> dict[str, Tensor]:
+        """The masks at the start: top :meth:`initial_scores` within the budget."""
+        shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
+        if distribution == "global":
+            total = sum(counts(shapes, sparsity, "uniform").values())
+            return global_topk(self.initial_scores(model), total, at_least=1)
+        budget = counts(shapes, sparsity, distribution, power_scale=power_scale)
+        return {name: topk_mask(s, budget[name]) for name, s in self.initial_scores(model).items()}
+
+    # -- what a user calls ------------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The live masks by parameter name, True = active, in the order of the model. Read them, do not change them."""
+        found = {name: mask for part in self.parts for name, mask in part.layers.masks.items()}
+        return {name: found[name] for name in self.weights}
+
+    @property
+    def step(self) -> int:
+        """Calls of `step()` of the (first) optimizer since the start of training."""
+        return self.parts[0].step
+
+    def sparsity(self) -> float:
+        """The share of the prunable weights that are pruned, measured: masked, and exactly 0 in the weights."""
+        return self.report().sparsity
+
+    def report(self) -> Report:
+        """Every parameter: layer, shape, kept, sparsity, and why it is not prunable; `str()` of it is a table."""
+        return make_report(self.entries, self.masks)
+
+    def density(self) -> dict[str, float]:
+        """The share of active weights per layer."""
+        return {name: n / self.weights[name].numel() for name, n in count_true(self.masks).items()}
+
+    def survival(self) -> float:
+        """The share of the weights active at the start that are active now."""
+        if not self._initial:
+            return 1.0
+        alive = count_true({name: self._initial[name].to(m.device) & m for name, m in self.masks.items()})
+        return sum(alive.values()) / sum(count_true(self._initial).values())
+
+    def explored(self) -> float:
+        """The share of the prunable weights that were active at any time so far (R_s of arXiv:2102.02887)."""
+        union = count_true(self._explored or self.masks)
+        return sum(union.values()) / sum(w.numel() for w in self.weights.values())
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights now, for instance before clipping by norm.
+
+        Not in a step that will replace the gradient step (RigL): its dense gradients are growth scores, and nothing
+        else is done with them.
+        """
+        for part in self.parts:
+            if not part.replaces_next():
+                part.mask_gradients()
+
+    def apply(self) -> None:
+        """Zero pruned weights and their optimizer state now, for instance after loading dense weights on purpose."""
+        for part in self.parts:
+            part.layers.follow_device()
+            part.apply()
+
+    def verify(self) -> None:
+        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks."""
+        self._require_masks()
+        wrong = [name for part in self.parts for name in part.layers.misfits()]
+        if wrong:
+            raise RuntimeError(
+                f"the masks do not fit the weights: {len(wrong)} layers have pruned weights that are not 0 "
+                f"({', '.join(wrong[:3])}); load the weights and the sparsifier's state from one checkpoint, or call "
+                "sparsifier.apply() to prune the weights that are there"
+            )
+        sync.check_same(self.masks)
+
+    def freeze(self) -> None:
+        """Stop changing the topology; the masks stay in force."""
+        self.frozen = True
+
+    def remove(self) -> None:
+        """Take all hooks away; the weights stay as sparse as they are, and nothing keeps them so any longer."""
+        for part in self.parts:
+            part.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks as bits, counters, the generator, and what is needed to report; loads with `weights_only=True`."""
+        return state.save(self)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back :meth:`state_dict`. Weights are not touched: the next step checks that they fit the masks.
+
+        Raises:
+            ValueError: the state is of another method, model or format, or damaged.
+        """
+        state.load(self, saved)
+        self._ready, self._unchecked = True, True
+
+    # -- what a part calls ------------------------------------------------------------------------------------------
+
+    def check_ready(self) -> None:
+        """Before a step: there are masks, and (once after init or load) the weights fit them."""
+        if self._unchecked:
+            self.verify()
+            self._unchecked = False
+
+    def change_topology(self, part: Part) -> None:
+        """Replace the part's masks by :meth:`next_masks`, the same on every rank, and clear what is left behind."""
+        masks = part.layers.masks
+        if not self._initial:
+            self._initial = {name: mask.clone() for name, mask in self.masks.items()}
+            self._explored = {name: mask.clone() for name, mask in self._initial.items()}
+        old = {name: mask.clone() for name, mask in masks.items()}
+        part.layers.set_(self.next_masks(part, part.step))
+        sync.broadcast_masks(masks)
+        part.change(masks, old)
+        for name, mask in masks.items():
+            self._explored[name] = self._explored[name].to(mask.device).logical_or_(mask)
+        dropped = count_true({name: mask & ~masks[name] for name, mask in old.items()})
+        grown = count_true({name: masks[name] & ~mask for name, mask in old.items()})
+        part.kept = {name: part.kept[name] - dropped[name] + grown[name] for name in masks}
+        self.last_update = UpdateInfo(part.step, dropped, grown)
+        self.updates += 1
+
+    # -- parts of __init__ ------------------------------------------------------------------------------------------
+
+    def _read_options(self, options: Mapping[str, Any]) -> Any:
+        known = [f.name for f in fields(self.Options)]
+        for name in options:
+            if name not in known:
+                raise unknown(f"option of method {self.method!r}:", name, known)
+        return self.Options(**options)
+
+    def _split(self, optimizers: list[Optimizer]) -> list[Part]:
+        parts = []
+        for one in optimizers:
+            ids = {id(p) for group in one.param_groups for p in group["params"]}
+            mine = {name: w for name, w in self.weights.items() if id(w) in ids}
+            if mine:
+                parts.append(Part(self, one, mine))
+        return parts
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        for part in self.parts:
+            part.layers.set_({name: masks[name] for name in part.layers.masks})
+        sync.broadcast_masks(self.masks)
+        self.count_kept()
+
+    def count_kept(self) -> None:
+        """Read the number of active weights per layer from the masks."""
+        for part in self.parts:
+            part.kept = part.layers.kept()
+
+    def _require_masks(self) -> None:
+        if not self._ready:
+            raise RuntimeError("init=False: load the masks with sparsifier.load_state_dict(...) before the first step")
+
+
+def _check_steps(total_steps: int | None) -> int | None:
+    if total_steps is None:
+        return None
+    if isinstance(total_steps, bool) or int(total_steps) != total_steps or total_steps < 1:
+        raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
+    return int(total_steps)

@@ -1,0 +1,53 @@
+"""SET: drop the weakest weights, grow random ones (Mocanu et al. 2018, arXiv:1707.04780)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2sam.sparse import scores
+from s2sam.sparse.drop_grow import DropGrow, DropGrowOptions
+from s2sam.sparse.masks import counts
+from s2sam.sparse.part import Part
+from s2sam.sparse.topk import topk_mask
+
+
+@dataclass(frozen=True)
+class SETOptions(DropGrowOptions):
+    """`sign_split`: drop by sign, as the original does."""
+
+    sign_split: bool = False
+
+
+class SET(DropGrow):
+    """Every `delta_t` steps, after the optimizer's step, drop the share f with the lowest |w|, grow as many at random.
+
+    The random draw is exact (as many as were dropped, never a Bernoulli number) and leaves out what was just dropped
+    unless `regrow_dropped`. With `sign_split` floor(f n) of the n active weights >= 0 and of those < 0 are dropped, the
+    smallest and the largest (dcmocanu/sparse-evolutionary-artificial-neural-networks); an active 0 counts as positive
+    there. Cost: each change ranks each layer twice; a step in between costs what a static mask does.
+    """
+
+    method = "set"
+    Options = SETOptions
+    options: SETOptions
+
+    def grow_scores(self, part: Part, name: str) -> Tensor | None:
+        """Uniform random numbers."""
+        return scores.random(part.layers.weights[name], self.generator)
+
+    def keep(self, part: Part, name: str, n_drop: int) -> tuple[Tensor, int]:
+        """Without the lowest |w|, or without the values nearest 0 on either side."""
+        if not self.options.sign_split:
+            return super().keep(part, name, n_drop)
+        mask, weight = part.layers.masks[name], part.layers.weights[name]
+        strength = self.drop_scores(part, name)
+        kept = torch.zeros_like(mask)
+        for side in (mask & (weight >= 0), mask & (weight < 0)):
+            n = counts({name: side})[name]
+            n_side = n - math.floor(n_drop / part.kept[name] * n + 1e-9)
+            kept |= topk_mask(strength.masked_fill(~side, -torch.inf), n_side, check=False)
+        return kept, part.kept[name] - counts({name: kept})[name]

@@ -1,0 +1,117 @@
+"""Part: the sparse weights of one optimizer, and what happens to them in each of its steps.
+
+    MASK      the gradients of pruned weights become 0; but if this step changes the topology in place of moving the
+              weights (RigL), they stay dense, as growth scores, and the step is announced as replaced
+    REMASK    weights and optimizer state of pruned positions become 0, whatever the optimizer did to them
+    TOPOLOGY  the masks change; at dropped and grown positions weight, state and gradient become 0, so that whoever
+              reads the gradient afterwards (S2SAM's direction) sees the new mask with grown positions at 0
+
+A change that is due in a step whose gradients are not finite does not happen, and such a step is not replaced either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from s2sam.hooks import Handle, Phase, StepContext, step_hooks
+from s2sam.sparse.masks import MaskSet
+
+if TYPE_CHECKING:
+    from s2sam.sparse.base import Sparsifier
+
+
+class Part:
+    """The weights of `owner` that `optimizer` moves. `step` counts the calls of `optimizer.step()`."""
+
+    def __init__(self, owner: Sparsifier, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+        self.owner, self.optimizer = owner, optimizer
+        self.layers = MaskSet(weights)
+        self.kept: dict[str, int] = {}  #: active weights per layer, known on the host
+        self.step = 0
+        self._changing = False
+        self._handles: list[Handle] = []
+        hooks = step_hooks(optimizer)
+        others = [getattr(function, "__self__", None) for function in hooks.gradient_masks]
+        taken = {id(w) for other in others if isinstance(other, Part) for w in other.layers.weights.values()}
+        if any(id(w) in taken for w in weights.values()):
+            raise ValueError("these weights are sparse already; call .remove() on their sparsifier before sparsify()")
+
+    def attach(self) -> None:
+        """Register the phases."""
+        hooks = step_hooks(self.optimizer)
+        hooks.gradient_masks.append(self.mask_gradients)
+        for phase, function in (
+            (Phase.MASK, self._mask),
+            (Phase.REMASK, self._remask),
+            (Phase.TOPOLOGY, self._topology),
+        ):
+            self._handles.append(hooks.register(phase, function))
+
+    def remove(self) -> None:
+        """Unregister the phases; calling it twice is harmless."""
+        gradient_masks = step_hooks(self.optimizer).gradient_masks
+        if self.mask_gradients in gradient_masks:
+            gradient_masks.remove(self.mask_gradients)
+        while self._handles:
+            self._handles.pop().remove()
+
+    def mask_gradients(self) -> None:
+        """The gradients of pruned weights become 0, now."""
+        self.layers.follow_device()
+        self.layers.apply_to_gradients()
+
+    def apply(self) -> None:
+        """Weights and optimizer state of pruned positions become 0, now."""
+        self.layers.apply_to_weights()
+        if not self.owner.dense_state:
+            self.layers.apply_to_state(self.optimizer)
+
+    def replaces_next(self) -> bool:
+        """Whether the next step is to change the topology in place of moving the weights."""
+        return self.owner.placement == "replace" and not self.owner.frozen and self.owner.due(self, self.step + 1)
+
+    def change(self, masks: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+        """Clear what must not outlive the change from `old` to `masks`: weight, state and gradient outside both."""
+        both = {name: mask & masks[name] for name, mask in old.items()}
+        self.layers.apply_to_weights(both)
+        self.layers.apply_to_gradients(both)
+        self.layers.apply_to_state(self.optimizer, both)
+
+    def _mask(self, context: StepContext) -> None:
+        self.owner.check_ready()
+        self.layers.follow_device()
+        due = not self.owner.frozen and self.owner.due(self, self.step + 1)
+        self._changing = due and not context.nothing_moved() and finite(context.gradients())
+        if self._changing and self.owner.placement == "replace":
+            context.replace = True
+        else:
+            self.layers.apply_to_gradients()
+
+    def _remask(self, context: StepContext) -> None:
+        self.apply()
+        self.step += 1
+
+    def _topology(self, context: StepContext) -> None:
+        if self._changing:
+            self._changing = False
+            self.owner.change_topology(self)
+
+
+@torch.no_grad()
+def finite(gradients: Iterable[Tensor]) -> bool:
+    """Whether all gradients are finite everywhere; one host read."""
+    dense = [g if g.layout == torch.strided else g.coalesce().values() for g in gradients]
+    norms = torch._foreach_norm([g for g in dense if g.numel()], torch.inf)
+    return all(bool(torch.stack(list(n)).isfinite().all()) for n in _by_device(norms).values())
+
+
+def _by_device(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return groups

@@ -1,0 +1,53 @@
+"""What must be the same on every rank: the seed of the draws and the masks. One process alone does nothing here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s2sam.sparse.masks import pack_bits
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def shared_seed() -> int:
+    """Rank 0's `torch.initial_seed()`, on every rank."""
+    seed = [torch.initial_seed()]
+    if world_size() > 1:
+        dist.broadcast_object_list(seed, src=0)
+    return seed[0]
+
+
+@torch.no_grad()
+def broadcast_masks(masks: Mapping[str, Tensor]) -> None:
+    """Overwrite the masks with rank 0's, in place. Cost: one broadcast of one byte per weight."""
+    if world_size() == 1 or not masks:
+        return
+    device = next(iter(masks.values())).device
+    flat = torch.cat([m.flatten().to(device, torch.uint8) for m in masks.values()])
+    dist.broadcast(flat, src=0)
+    for mask, part in zip(masks.values(), torch.split(flat, [m.numel() for m in masks.values()]), strict=True):
+        mask.copy_(part.view(mask.shape))
+
+
+def check_same(masks: Mapping[str, Tensor]) -> None:
+    """Compare a digest of the masks over all ranks.
+
+    Raises:
+        RuntimeError: a rank has other masks than rank 0.
+    """
+    if world_size() == 1:
+        return
+    digest = hashlib.sha256(b"".join(pack_bits(m).numpy().tobytes() for m in masks.values())).hexdigest()
+    digests: list[str] = [""] * world_size()
+    dist.all_gather_object(digests, digest)
+    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if different:
+        raise RuntimeError(f"the masks of ranks {different} differ from rank 0's; load one checkpoint on every rank")

@@ -1,0 +1,70 @@
+"""The k largest scores, exactly k of them, as a mask. Pure functions; no full sort.
+
+A threshold alone keeps too many or too few where scores tie (GraNet, Synaptic-Flow and sparse_learning drift that way),
+so ties at the threshold are settled by flat index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def topk_mask(scores: Tensor, k: int, *, check: bool = True) -> Tensor:
+    """A bool mask of the shape of `scores` with exactly `k` True: the largest scores, of equal ones the first.
+
+    NaN counts as the smallest finite number: it ranks lowest among the candidates. -inf marks positions that are no
+    candidates. `check=False` leaves out the one host read that counts the candidates, for callers that know there are
+    enough. Cost: one `torch.topk` and one cumulative sum.
+
+    >>> topk_mask(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2).tolist()
+    [True, True, False, False]
+
+    Raises:
+        ValueError: `k` is negative, or larger than the number of candidates.
+    """
+    flat = _comparable(scores).flatten()
+    if not 0 <= k <= flat.numel():
+        raise ValueError(f"cannot choose {k} of {flat.numel()} scores")
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = torch.topk(flat, k, sorted=False).values.min()
+    if check and bool(threshold == -torch.inf):
+        raise ValueError(f"cannot choose {k} of {int((flat > -torch.inf).sum())} candidates")
+    above, level = flat > threshold, flat == threshold
+    mask = above | (level & (level.cumsum(0) <= k - above.sum()))
+    return mask.view(scores.shape)
+
+
+def global_topk(scores: Mapping[str, Tensor], k: int, *, at_least: int = 0) -> dict[str, Tensor]:
+    """Masks with exactly `k` True over all layers together, and at least `at_least` in each layer.
+
+    Of equal scores those of the earlier layer, then of the lower flat index are taken. A layer that is guaranteed
+    weights gives its own largest scores first.
+
+    >>> masks = global_topk({"a": torch.tensor([5.0, 4.0]), "b": torch.tensor([1.0, 2.0])}, 2, at_least=1)
+    >>> masks["a"].tolist(), masks["b"].tolist()
+    ([True, False], [False, True])
+
+    Raises:
+        ValueError: `k` is larger than the number of candidates, or smaller than `at_least` in each layer requires.
+    """
+    guaranteed = {name: topk_mask(s, at_least) for name, s in scores.items()}
+    if k < at_least * len(scores):
+        raise ValueError(f"cannot keep {at_least} in each of {len(scores)} layers with {k} in all")
+    device = next(iter(scores.values())).device if scores else None
+    pool = [_comparable(s).masked_fill(guaranteed[name], -torch.inf).flatten().to(device) for name, s in scores.items()]
+    rest = topk_mask(torch.cat(pool), k - at_least * len(scores)) if pool else torch.empty(0)
+    parts = torch.split(rest, [s.numel() for s in scores.values()])
+    return {
+        name: guaranteed[name] | part.view(s.shape).to(s.device)
+        for (name, s), part in zip(scores.items(), parts, strict=True)
+    }
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    """As float32 or float64, with NaN as the smallest finite number."""
+    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    return torch.nan_to_num(wide, nan=torch.finfo(wide.dtype).min, posinf=torch.inf, neginf=-torch.inf)
