@@ -17,7 +17,7 @@ _HOME = {
     "Sparsifier": "s2sam.sparse.base",
 }
 
-__all__ = ["SAM", "S2SAM", "Sparsifier", "__version__", "sparsify"]
+__all__ = ["S2SAM", "SAM", "Sparsifier", "__version__", "sparsify"]
 
 if TYPE_CHECKING:
     from s2sam.attach import sparsify

@@ -20,6 +20,8 @@ With a closure the pre-phases run inside it, after the user's own closure has re
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -52,7 +54,9 @@ class StepContext:
     has_closure: bool = False
     skip: bool = False  #: a gradient is not finite (known on the host): nothing at all may change
     replace: bool = False  #: a topology update takes the place of the gradient step
-    found_inf: Tensor | None = None  #: 0-dim float on the device, 1 = skip; read by fused base steps, unknown to the host
+    found_inf: Tensor | None = (
+        None  #: 0-dim float on the device, 1 = skip; read by fused base steps, unknown to the host
+    )
     hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pre_done: bool = False
     given: dict[str, Tensor] = field(default_factory=dict)  #: the `found_inf` a GradScaler had put on the optimizer
@@ -67,7 +71,7 @@ class StepContext:
         return [p.grad for p in self.parameters() if p.grad is not None]
 
     def nothing_moved(self) -> bool:
-        """True if the base step was skipped; reads `found_inf` from the device, so ask only where a sync is affordable."""
+        """True if the base step was skipped; reads `found_inf` from the device: ask only where a sync is affordable."""
         return self.skip or (self.found_inf is not None and bool(self.found_inf))
 
 
@@ -89,11 +93,12 @@ class StepHooks:
     """One pre- and one post-hook on an optimizer, running ranked phases. Get it with :func:`step_hooks`."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        _check_hookable(optimizer)
         self.optimizer = optimizer
         self.gradient_masks: list[Callable[[], None]] = []  #: each zeroes the gradients of its pruned weights, in place
         self.sharpness: object | None = None  #: the S2SAM or SAM attached here: there can be one
-        self.run_closure: Callable[[Closure], Any] | None = None  #: set by the sharpness method: how it calls the closure
+        self.run_closure: Callable[[Closure], Any] | None = (
+            None  #: set by the sharpness method: how it calls the closure
+        )
         self._phases: list[tuple[Phase, PhaseFunction]] = []
         self._context: StepContext | None = None
         self._torch_handles = (
@@ -116,8 +121,18 @@ class StepHooks:
     def _remove(self, entry: tuple[Phase, PhaseFunction]) -> None:
         if entry in self._phases:
             self._phases.remove(entry)
+        self.retire()
+
+    def retire(self) -> None:
+        """Come off the optimizer if nothing uses this any longer."""
+        if not (self._phases or self.sharpness or self.gradient_masks):
+            for handle in self._torch_handles:
+                handle.remove()
+            vars(self.optimizer).pop(_ATTRIBUTE, None)
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _nested(optimizer):
+            return None
         self._put_back()  # a base step that raised last time has left gradients hidden
         closure = kwargs["closure"] if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         self._context = context = StepContext(optimizer, has_closure=closure is not None)
@@ -159,6 +174,8 @@ class StepHooks:
 
     @torch.no_grad()
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _nested(optimizer):
+            return
         context = self._context
         if context is None or not context.pre_done:
             raise RuntimeError(f"{type(optimizer).__name__} never called its closure; call step() without one")
@@ -185,6 +202,7 @@ def step_hooks(optimizer: Optimizer) -> StepHooks:
         TypeError: `optimizer` is not a torch optimizer.
         ValueError: its step hooks never fire (wrappers that skip `Optimizer.__init__`) or it calls closures repeatedly.
     """
+    check_optimizers(optimizer)
     hooks: StepHooks | None = getattr(optimizer, _ATTRIBUTE, None)
     if hooks is None:
         hooks = StepHooks(optimizer)
@@ -192,64 +210,79 @@ def step_hooks(optimizer: Optimizer) -> StepHooks:
     return hooks
 
 
-def _check_hookable(optimizer: Optimizer) -> None:
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"expected a torch.optim.Optimizer, got {name}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS calls its closure many times a step; use SGD, AdamW or another first-order optimizer")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks") or not getattr(type(optimizer).step, "hooked", False):
-        raise ValueError(
-            f"the step hooks of {name} never fire (it does not call torch.optim.Optimizer.__init__, as Lookahead and "
-            "other wrappers do); attach to the optimizer it wraps"
-        )
+def _nested(optimizer: Optimizer) -> bool:
+    """True inside a step that this optimizer's own step called: `super().step()` fires torch's hooks a second time."""
+    code = type(optimizer).step.__code__  # torch's wrapper: one code object for the steps of all classes
+    depth, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is code and frame.f_locals["args"][0] is optimizer:
+            depth += 1
+    return depth > 1
 
 
 def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    """One optimizer or several, as a list of distinct ones."""
-    found = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    """One optimizer or several, as a list of distinct ones that can be hooked. Raises as :func:`step_hooks`."""
+    several = isinstance(optimizers, Iterable) and not isinstance(optimizers, Optimizer)
+    found: list[Optimizer] = list(optimizers) if several else [optimizers]  # type: ignore[arg-type, list-item]
     if not found or len({id(o) for o in found}) != len(found):
         raise ValueError("give one optimizer, or a non-empty list of different ones")
+    for optimizer in found:
+        name = type(optimizer).__name__
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {name}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS calls its closure many times a step; use SGD, AdamW or another first-order optimizer"
+            )
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks") or not getattr(type(optimizer).step, "hooked", False):
+            raise ValueError(
+                f"the step hooks of {name} never fire (it does not call torch.optim.Optimizer.__init__, as Lookahead "
+                "and other wrappers do not); attach to the optimizer it wraps"
+            )
     return found
 
 
 def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
     """`value` as a float within [low, high], or a ValueError that names the argument."""
-    number = float(value)
+    number = float(value) if isinstance(value, (numbers.Real, Tensor)) else math.nan
     if not low <= number <= high or math.isinf(number):
         bounds = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
     return number
 
 
-def claim_sharpness(hooks: Iterable[StepHooks], owner: object, rho: float) -> None:
+def claim_sharpness(optimizers: Iterable[Optimizer], owner: object, rho: float) -> list[StepHooks]:
     """Make `owner` the one sharpness method of these optimizers; `rho` goes into groups that have none of their own.
 
     Raises:
-        ValueError: one has a sharpness method already, or a group's own rho is no finite number >= 0; nothing is changed.
+        ValueError: one has a sharpness method already, or a group's rho is no finite number >= 0; nothing is changed.
     """
-    hooks = list(hooks)
-    radii = []
-    for h in hooks:
-        if h.sharpness is not None:
+    optimizers, radii = list(optimizers), []
+    for optimizer in optimizers:
+        hooks = getattr(optimizer, _ATTRIBUTE, None)
+        if hooks is not None and hooks.sharpness is not None:
             raise ValueError(
-                f"this optimizer already has a {type(h.sharpness).__name__}; call its .remove() before attaching "
+                f"this optimizer already has a {type(hooks.sharpness).__name__}; call its .remove() before attaching "
                 f"a {type(owner).__name__}"
             )
-        old = h.optimizer.defaults.get("rho")  # left by a copy or a checkpoint: no group's own choice
-        radii.append([
-            rho if group.get("rho", old) == old else check_number("rho", group["rho"])
-            for group in h.optimizer.param_groups
-        ])  # fmt: skip
-    for h, per_group in zip(hooks, radii, strict=True):
-        h.sharpness = owner
-        h.optimizer.defaults["rho"] = rho
-        for group, radius in zip(h.optimizer.param_groups, per_group, strict=True):
+        old = optimizer.defaults.get("rho")  # left by a copy: no group's own choice
+        groups = optimizer.param_groups
+        radii.append([rho if g.get("rho", old) == old else check_number("rho", g["rho"]) for g in groups])
+    claimed = [step_hooks(optimizer) for optimizer in optimizers]
+    for hooks, per_group in zip(claimed, radii, strict=True):
+        hooks.sharpness = owner
+        hooks.optimizer.defaults["rho"] = rho
+        for group, radius in zip(hooks.optimizer.param_groups, per_group, strict=True):
             group["rho"] = radius
+    return claimed
 
 
 def release_sharpness(hooks: StepHooks) -> None:
-    """Undo :func:`claim_sharpness`."""
+    """Undo :func:`claim_sharpness`; a rho that differs from the common one was a group's own and stays."""
     hooks.sharpness = hooks.run_closure = None
-    for group in [hooks.optimizer.defaults, *hooks.optimizer.param_groups]:
-        group.pop("rho", None)
+    rho = hooks.optimizer.defaults.pop("rho", None)
+    for group in hooks.optimizer.param_groups:
+        if group.get("rho") == rho:
+            group.pop("rho", None)
+    hooks.retire()

@@ -33,7 +33,8 @@ WITHOUT_MOMENTUM = ("adafactor", "sgd-plain")
 def make_net(dtype: torch.dtype = torch.float64, seed: int = 0, bias: bool = False) -> nn.Sequential:
     """A small net whose parameters are all matrices (what Muon takes), the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Linear(6, 8, bias=bias), nn.Tanh(), nn.Linear(8, 7, bias=bias), nn.Tanh(), nn.Linear(7, 3, bias=bias))
+    layers = [nn.Linear(i, o, bias=bias) for i, o in ((6, 8), (8, 7), (7, 3))]
+    net = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * 0.4)

@@ -140,7 +140,8 @@ def test_a_non_finite_gradient_changes_nothing(name, method, order, use_closure)
     weights, masks = snapshot(net), [m.clone() for m in sparsifier.masks.values()]
     state = {(i, k): torch.as_tensor(v).clone() for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
     pruned = torch.nonzero(~masks[0])[0]
-    handle = net[0].weight.register_hook(lambda g: g.index_put((pruned[0], pruned[1]), torch.tensor(float("inf"), dtype=g.dtype)))
+    infinity = torch.tensor(float("inf"), dtype=torch.float64)
+    handle = net[0].weight.register_hook(lambda g: g.index_put((pruned[0], pruned[1]), infinity))
     one_step(net, optimizer, *data[4], use_closure)
     handle.remove()
     assert same(net.parameters(), weights)

@@ -66,7 +66,7 @@ def test_calls_bytes_and_host_reads_added_to_a_step(kind, direction):
     assert 0 < added.total() <= 20
     assert added["aten::_local_scalar_dense"] == (0 if kind == "fused" else 1)
     if kind == "fused" and direction == "gradient":
-        assert per_parameter <= 97  # deciding on the device that nothing moves costs another pass; see docs/how-it-works.md
+        assert per_parameter <= 92.1  # deciding on the device costs another pass; see docs/how-it-works.md
     else:
         assert 8 <= per_parameter <= 64
 

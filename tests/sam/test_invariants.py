@@ -74,9 +74,10 @@ def test_every_step_after_the_first_has_the_promised_radius(name, sign, scale):
         weights.append(None)
         return snapshot(net)
 
-    _, _, moves, sam = train(
-        FACTORIES[name], 12, on_forward=look, attach=lambda o, m: S2SAM(o, model=m, rho=rho, sign=sign, scale=scale, stats_every=1)
-    )
+    def attach(optimizer, net):
+        return S2SAM(optimizer, model=net, rho=rho, sign=sign, scale=scale, stats_every=1)
+
+    _, _, moves, sam = train(FACTORIES[name], 12, on_forward=look, attach=attach)
     norms = [total(move) for move in moves]
     assert norms[0] == 0.0
     if scale == "norm":

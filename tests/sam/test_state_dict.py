@@ -247,7 +247,8 @@ def test_attaching_after_loading_continues_as_attaching_before(moment, data):
     run.train(rest)
     late.train(rest)
     assert same(late.net.parameters(), run.net.parameters())
-    assert not [key for key in late.optimizer.param_groups[0] if key.startswith("s2sam")]
+    assert late.optimizer.param_groups[0]["s2sam_twins"] == []  # used up
+    assert late.optimizer.param_groups[0]["s2sam_step"] == run.optimizer.param_groups[0]["s2sam_step"]
 
 
 def test_a_checkpoint_loaded_into_a_running_window_replaces_it(data):

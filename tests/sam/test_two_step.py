@@ -131,9 +131,7 @@ def test_a_non_finite_gradient_in_either_pass_changes_nothing(name, bad_pass):
         optimizer.step(closure_of(net, x, y))
         optimizer.zero_grad()
     weights = snapshot(net)
-    state = {
-        (i, k): torch.as_tensor(v).clone() for i, s in enumerate(optimizer.state.values()) for k, v in s.items()
-    }
+    state = {(i, k): torch.as_tensor(v).clone() for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
     calls = []
 
     def closure():

@@ -19,7 +19,6 @@ from torch import Tensor
 from s2sam.sam.norms import constant, total_norm
 
 SCRATCH_BYTES = 24 << 20  #: moves work through at most this much scratch memory (twice that where two are alive)
-Twin = bool | Tensor  #: does b hold x instead of d? A 0-dim float tensor (1 = yes) if only the device knows
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,12 @@ class Scale:
     power: int = 0
     relative: bool = False
 
-    def shaped(self, d: list[Tensor], w: list[Tensor], power: int) -> list[Tensor]:
-        """|w|^power d (power even), as new tensors unless power is 0."""
-        for _ in range(power):
-            d = list(torch._foreach_mul(d, w))
-        return d
+    def shaped(self, d: list[Tensor], w: list[Tensor]) -> list[Tensor]:
+        """|w|^power d (power 0 or 2), as new tensors unless power is 0."""
+        if self.power == 0:
+            return d
+        conjugate = [t.conj() for t in w] if w[0].is_complex() else w
+        return list(torch._foreach_mul(torch._foreach_mul(d, w), conjugate))
 
     def coefficient(self, rho: float, d_norm: Tensor, w_norm: Tensor | None) -> Tensor:
         """The number c in e = c |w|^power d."""
@@ -77,7 +77,7 @@ def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 def displace_(p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale) -> None:
     """p: w -> w + c |w|^power d; b: -> w. `d` may be `b` itself."""
     for w, keep, direction in pieces(p, b, d):
-        e = torch._foreach_mul(scale.shaped(direction, w, scale.power), c)
+        e = torch._foreach_mul(scale.shaped(direction, w), c)
         torch._foreach_copy_(keep, w)
         torch._foreach_add_(w, e)
 
@@ -98,7 +98,7 @@ def choose_(
         if scale.power == 0:
             e = torch._foreach_mul(direction, torch.addcmul(kept, c, fresh))
         else:
-            e = torch._foreach_mul(scale.shaped(direction, w, scale.power), c * fresh)
+            e = torch._foreach_mul(scale.shaped(direction, w), c * fresh)
             torch._foreach_add_(e, torch._foreach_mul(keep, kept))
         torch._foreach_copy_(keep, w)
         torch._foreach_mul_(w, share)

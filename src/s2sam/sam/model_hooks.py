@@ -1,13 +1,13 @@
 """Hooks on the model: they open the window at a training forward and keep displaced weights out of what is saved.
 
-Every hook is a :class:`WeakHook`: it holds its owner and its module weakly, fires only for the module it was put on, and
-turns into nothing when the model is copied or pickled.
+Every hook is a :class:`WeakHook`: it holds its owner and its module weakly, fires only for the module it was put on,
+and turns into nothing when the model is copied or pickled.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,25 +17,36 @@ from torch import Tensor, nn
 class WindowOwner(Protocol):
     """What the hooks need from S2SAM."""
 
-    def displace(self) -> None: ...
-    def restore(self) -> None: ...
-    def _enter_forward(self, clean: bool) -> None: ...
+    def restore(self) -> None:
+        """End the window."""
+
+    def _enter_forward(self, module: nn.Module | None, clean: bool) -> None: ...
     def _leave_forward(self) -> None: ...
-    def _clean_weights(self, p: Tensor) -> Tensor | None: ...
-    def _weights_replaced(self) -> None: ...
+    def _displaced(self) -> dict[int, tuple[Tensor, Tensor]]: ...
+    def _weights_replaced(self, load: object) -> None: ...
 
 
 def inert(*args: Any, **kwargs: Any) -> None:
     """What a hook becomes in a copy or a pickle: nothing."""
 
 
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
 class WeakHook:
-    """Calls `function(owner, module, ...)` while both still live and the caller is the module it was registered on."""
+    """Calls `function(owner, module, ...)` while both still live and the caller is the module it was registered on.
+
+    A compiled model runs it outside its graphs (one graph break if the model itself is hooked, none if the compiled
+    wrapper is): traced into a graph it would be constant-folded.
+    """
 
     def __init__(self, function: Callable[..., None], owner: WindowOwner, module: nn.Module) -> None:
-        self._function, self._owner, self._module = function, weakref.ref(owner), weakref.ref(module)
+        self._function: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        self._owner, self._module = weakref.ref(owner), weakref.ref(module)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Run the hook."""
         owner = self._owner()
         if owner is not None and self._module() is module:
             self._function(owner, module, *args, **kwargs)
@@ -44,50 +55,54 @@ class WeakHook:
         return _make_inert, ()
 
 
-# What torch.compiler.disable would set; calling that would import torch._dynamo, which doubles the import time. Compiled
-# models run the hooks outside the graph (one graph break); traced into it they would be constant-folded or wrong.
-WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def _make_inert() -> Callable[..., None]:
-    return inert
+WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # do not trace the two lines above either
 
 
 def _before_forward(owner: WindowOwner, module: nn.Module, args: Any) -> None:
-    owner._enter_forward(clean=not (module.training and torch.is_grad_enabled()))
+    owner._enter_forward(module, clean=not (module.training and torch.is_grad_enabled()))
 
 
 def _after_forward(owner: WindowOwner, module: nn.Module, args: Any, output: Any) -> None:
     owner._leave_forward()
 
 
-def _copy_clean(owner: WindowOwner, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name, p in module._parameters.items():
-        if p is None or prefix + name not in state or state[prefix + name] is p:  # the last: keep_vars=True
-            continue
-        clean = owner._clean_weights(p)
-        if clean is not None:
-            state[prefix + name] = clean.detach().clone()
+def _save_clean(owner: WindowOwner, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    displaced = owner._displaced()
+    if displaced:
+        for key, value in state.items():
+            p, w = displaced.get(value.data_ptr() if torch.is_tensor(value) else 0, (None, None))
+            # keep_vars=True asks for the parameter itself
+            if p is not None and w is not None and value is not p and key.startswith(prefix) and value.shape == p.shape:
+                state[key] = w.detach().clone()
 
 
 def _before_load(owner: WindowOwner, module: nn.Module, *args: Any) -> None:
     owner.restore()
-    owner._weights_replaced()
+    owner._weights_replaced(args[-1])  # the list of errors: one per load_state_dict call
+
+
+def check_models(model: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """A Module, a sequence of them, or None, as a list. Raises TypeError for anything else."""
+    several = isinstance(model, Sequence) and not isinstance(model, nn.Module | str)
+    models: list[Any] = [] if model is None else list(model) if several else [model]  # type: ignore[arg-type]
+    for m in models:
+        if not isinstance(m, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or a list of them, got {type(m).__name__}")
+    return models
 
 
 def hook_models(owner: WindowOwner, models: Iterable[nn.Module]) -> list[Any]:
     """Register all hooks for `owner` on `models`; returns the handles.
 
-    The forward hooks sit on each model itself, the state-dict hooks on every sub-module with parameters of its own, so
-    that `model.encoder.state_dict()` is clean as well.
+    The forward hooks sit on each model itself, the state-dict hooks on every sub-module, so that
+    `model.encoder.state_dict()` is clean as well.
     """
     handles: list[Any] = []
     for model in models:
         handles.append(model.register_forward_pre_hook(WeakHook(_before_forward, owner, model), prepend=True))
         handles.append(model.register_forward_hook(WeakHook(_after_forward, owner, model), always_call=True))
         for part in model.modules():
-            if any(p is not None for p in part._parameters.values()):
-                handles.append(part.register_state_dict_post_hook(WeakHook(_copy_clean, owner, part)))  # type: ignore[no-untyped-call]
-                load = part.register_load_state_dict_pre_hook(WeakHook(_before_load, owner, part))  # type: ignore[no-untyped-call]
-                handles.append(load)
+            save, load = WeakHook(_save_clean, owner, part), WeakHook(_before_load, owner, part)
+            handles.append(part.register_state_dict_post_hook(save))  # type: ignore[no-untyped-call]
+            handles.append(part.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
     return handles

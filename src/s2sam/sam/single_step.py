@@ -12,24 +12,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import Closure, Phase, StepContext, StepHooks, check_number, check_optimizers, claim_sharpness, release_sharpness, step_hooks
+from s2sam.hooks import (
+    Closure,
+    Phase,
+    StepContext,
+    StepHooks,
+    check_number,
+    check_optimizers,
+    claim_sharpness,
+    release_sharpness,
+    step_hooks,
+)
 from s2sam.sam.displacement import SCALES
-from s2sam.sam.model_hooks import hook_models
-from s2sam.sam.norms import all_finite, constant, real, total_norm
-from s2sam.sam.slot import KEY, Block, Slot
+from s2sam.sam.looks import Looks
+from s2sam.sam.model_hooks import check_models, hook_models
+from s2sam.sam.norms import all_finite, largest, total_norm
+from s2sam.sam.slot import KEY, STEP, TWINS, Block, Slot
 from s2sam.sam.stats import Stats
 
 DIRECTIONS = ("gradient", "momentum")
 CLEAN_GRADIENT = (
     "S2SAM: the gradients were taken at the clean weights, not at the displaced ones, so this step would be plain "
     "{name}. Pass model=... and call that model itself in training mode with gradients enabled, or call sam.displace() "
-    "before the forward. (Forwards that do not count: sub-modules called directly, model.eval(), torch.no_grad(); "
-    "stale gradients count, so use zero_grad(set_to_none=True). To accept it: on_clean_grad='ignore'.)"
+    "before the forward. (Not counted: sub-modules called directly, functional_call with other tensors, model.eval(), "
+    "torch.no_grad(). Stale gradients do count: use zero_grad(set_to_none=True). Missed: a step that mixes displaced "
+    "and clean forwards. To accept it: on_clean_grad='ignore'.)"
 )
 
 
 class S2SAM:
-    r"""Displace every training forward by the previous step's direction; the base optimizer steps from the clean weights.
+    r"""Displace every training forward by the previous step's direction; the base optimizer steps from clean weights.
 
     .. math::
         e_t = \rho\, d_{t-1} / \|d_{t-1}\|_2, \qquad g_t = \nabla L_t(w_t + e_t), \qquad
@@ -40,22 +52,23 @@ class S2SAM:
     momentum and masks act at w. The first step is plain (there is no direction yet), and so is every step with rho = 0,
     bit for bit.
 
-    The window: with `model`, a training forward (module.training, gradients enabled) of exactly that module moves p from
-    w to x = w + e; `optimizer.step()` moves it back before anything else. A no-grad or eval forward inside a window sees
-    w. A window that never reaches step() (a GradScaler skip, a dropped batch) stays open at the same x; `restore()` ends
-    it. `state_dict()` of model and optimizer holds w and what is needed to open the window at the same x again.
+    The window: with `model`, a training forward (module.training, gradients enabled) of exactly that module moves p
+    from w to x = w + e; `optimizer.step()` moves it back before anything else. A no-grad or eval forward inside a
+    window sees w. A window that never reaches step() (a GradScaler skip, a dropped batch) stays open at the same x;
+    `restore()` ends it. `state_dict()` of model and optimizer holds w and what opens the window at the same x again.
 
     Args:
         optimizer: any first-order torch optimizer, or a list of them that share one norm. It stays what it is.
         model: Module or list of Modules whose training forwards open the window. Without it use `displaced()`,
             `displace()`, or `optimizer.step(closure)`, which displaces around the closure.
-        rho: radius, >= 0, put into every param_group that has no "rho" of its own; or a function of the number of
-            finished steps, which multiplies the groups' "rho" (1 where there is none).
+        rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts); or a
+            function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none).
         direction: "gradient" or "momentum". SGD's momentum contains coupled weight decay; `stats` logs its share.
         sign: +1 (the paper) or -1 (the lookahead side).
         scale: "norm" (\|e\| = rho), "relative" (\|e\| = rho \|w\|) or "asam" (e = rho w^2 d / \| \|w\| d \|).
-        nonfinite: "auto" and "skip" leave weights, state, direction and masks bit-unchanged if a gradient is not finite;
-            "ignore" does not look. Fused optimizers skip on the device, without a host sync; others read one number.
+        nonfinite: "auto" and "skip" leave weights, state, direction and masks bit-unchanged if a gradient is not
+            finite; "ignore" does not look. Fused optimizers skip on the device, without a host sync; others read one
+            number.
         on_clean_grad: "raise", "warn" or "ignore" when step() meets gradients taken at the clean weights.
         stats_every: measure `stats` every so many steps; 0 = never.
 
@@ -94,7 +107,7 @@ class S2SAM:
         stats_every: int = 0,
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
-        models = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
+        models = check_models(model)
         for name, value, allowed in (
             ("direction", direction, DIRECTIONS),
             ("sign", sign, (1, -1)),
@@ -108,13 +121,12 @@ class S2SAM:
         self.nonfinite, self.on_clean_grad = nonfinite, on_clean_grad
         factor = rho if callable(rho) else None
         radius = 1.0 if callable(rho) else check_number("rho", rho)
-        hooks = [step_hooks(o) for o in self.optimizers]  # refuses optimizers that cannot be hooked
         for o in self.optimizers:
             _check_members(o, models, direction)
         self._slots = [Slot(o, momentum=direction == "momentum", factor=factor) for o in self.optimizers]
         self._stats = Stats(int(check_number("stats_every", stats_every)))
-        self._forwards: list[bool] = []  # the forwards under way; True: it sees the clean weights
-        claim_sharpness(hooks, self, radius)
+        self._looks = Looks(self._slots)
+        hooks = claim_sharpness(self.optimizers, self, radius)
         self._handles: list[Any] = hook_models(self, models)
         for slot, h in zip(self._slots, hooks, strict=True):
             self._attach(slot, h)
@@ -126,16 +138,17 @@ class S2SAM:
             hooks.register(Phase.CHECK, partial(self._check, slot)),
             hooks.register(Phase.RESTORE, partial(self._restore, slot)),
             hooks.register(Phase.DIRECTION, partial(self._store, slot)),
-            o.register_state_dict_post_hook(lambda _, state: slot.save(state, peeking=any(self._forwards))),
+            o.register_state_dict_post_hook(lambda _, state: slot.save(state, peeking=self._looks.clean)),
             o.register_load_state_dict_pre_hook(lambda *_: self._before_load(slot)),
             o.register_load_state_dict_post_hook(lambda _: self._after_load(slot)),
         ]
+        slot.load()  # the optimizer may have loaded a checkpoint before
 
     # The window
 
     def displace(self) -> None:
         """Move all parameters from w to x = w + e, unless they are there already. Counts as a displaced forward."""
-        if any(self._forwards):
+        if self._looks.clean:
             return
         for slot in self._slots:
             slot.fresh = True
@@ -146,8 +159,8 @@ class S2SAM:
             return
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "S2SAM: a displacement was requested while a backward runs, so the forward it belongs to used the clean "
-                "weights; use torch.utils.checkpoint with use_reentrant=False"
+                "S2SAM: a displacement was requested while a backward runs, so the forward it belongs to used the "
+                "clean weights; use torch.utils.checkpoint with use_reentrant=False"
             )
         self._open(closed)
 
@@ -156,20 +169,27 @@ class S2SAM:
         measure = self._stats.due(self._slots[0].step)
         if measure:
             self._stats.before_displace(closed, self.scale)
-        coefficients = self._coefficients([block for _, blocks in closed for block in blocks])
+        everything = [block for _, blocks in closed for block in blocks]
+        if any(block.twin is False for block in everything):  # one norm for all: twins take part with their directions
+            for block in everything:
+                if block.twin is True and block.c is not None:
+                    block.untwin(self.scale)
+        coefficients = self._coefficients(everything)
         for slot, blocks in closed:
             slot.displace(blocks, coefficients, self.scale)
         if measure:
             self._stats.after_displace(self.sign)
 
     def _coefficients(self, blocks: list[Block]) -> dict[int, Tensor]:
-        """The c of e = c |w|^power d for every block, from one norm over all of them (certain twins need none)."""
+        """The c of e = c |w|^power d by id(block), from one norm over all blocks but the certain twins."""
         new = [block for block in blocks if block.twin is not True]
-        out = {id(block): constant(0.0, block.p[0].device, real(block.p[0])) for block in blocks}
+        out: dict[int, Tensor] = {}
         if new:
             norms = [self.scale.direction_norm(block.d, block.p) for block in new]
             if len(new) > 1:
-                norms = [n if block.twin is False else n * (1 - block.twin) for n, block in zip(norms, new, strict=True)]
+                norms = [
+                    n if block.twin is False else n * (1 - block.twin) for n, block in zip(norms, new, strict=True)
+                ]
             d_norm = norms[0] if len(new) == 1 else total_norm(norms, floor=True)
             w_norm = total_norm([p for block in new for p in block.p]) if self.scale.relative else None
             for block in new:
@@ -179,7 +199,7 @@ class S2SAM:
 
     def restore(self) -> None:
         """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed."""
-        self._end_looks()
+        self._looks.end()
         for slot in self._slots:
             if slot.open:
                 slot.restore(keep=True)
@@ -196,16 +216,16 @@ class S2SAM:
     @contextmanager
     def clean(self) -> Iterator[None]:
         """Inside, the weights are w, whatever the window; afterwards x again."""
-        self._enter_forward(clean=True)
+        self._looks.enter(None, clean=True)
         try:
             yield
         finally:
-            self._leave_forward()
+            self._looks.leave()
 
     @property
     def is_displaced(self) -> bool:
         """True while some parameter is at x instead of w."""
-        return any(slot.blocks for slot in self._slots) and not any(self._forwards)
+        return any(slot.blocks for slot in self._slots) and not self._looks.clean
 
     @property
     def stats(self) -> dict[str, float]:
@@ -226,39 +246,28 @@ class S2SAM:
             release_sharpness(step_hooks(slot.optimizer))
             for state in slot.optimizer.state.values():
                 state.pop(KEY, None)
+            for key in (STEP, TWINS):
+                slot.optimizer.param_groups[0].pop(key, None)
 
     # What the model hooks and the closure call
 
-    def _enter_forward(self, clean: bool) -> None:
-        first = clean and not any(self._forwards)
-        self._forwards.append(clean)
-        if first:
-            for slot in self._slots:
-                slot.peek()
-        elif not clean:
+    def _enter_forward(self, module: nn.Module | None, clean: bool) -> None:
+        self._looks.enter(module, clean)
+        if not clean:
             self.displace()
 
     def _leave_forward(self) -> None:
-        if self._forwards and self._forwards.pop() and not any(self._forwards):
-            for slot in self._slots:
-                slot.peek()
+        self._looks.leave()
 
-    def _end_looks(self) -> None:
-        """An interrupted forward may have left the clean weights showing: go back to x."""
-        if any(self._forwards):
-            for slot in self._slots:
-                slot.peek()
-        self._forwards.clear()
+    def _displaced(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Displaced parameters and where their w is now, by the address of their storage."""
+        clean = self._looks.clean
+        blocks = [block for slot in self._slots for block in slot.blocks]
+        return {p.data_ptr(): (p, p if clean else b) for k in blocks for p, b in zip(k.p, k.b, strict=True)}
 
-    def _clean_weights(self, p: Tensor) -> Tensor | None:
-        if not self.is_displaced:
-            return None
-        return next((b for s in self._slots for k in s.blocks for q, b in zip(k.p, k.b, strict=True) if q is p), None)
-
-    def _weights_replaced(self) -> None:
+    def _weights_replaced(self, load: object) -> None:
         for slot in self._slots:
-            if slot.twins and not slot.loaded:
-                slot.drop_twins()
+            slot.weights_replaced(load)
 
     def _run_closure(self, closure: Closure) -> Any:
         self.displace()
@@ -283,7 +292,7 @@ class S2SAM:
             return
         new = any(p.grad is not None and slot.buffer(p) is None for p in slot.parameters())
         if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not new:
-            found = (total_norm(gradients) * 0).nan_to_num_(1.0).float()
+            found = (largest(gradients) * 0).nan_to_num_(1.0).float()
             context.found_inf = found if context.found_inf is None else torch.maximum(context.found_inf, found)
             self._stats.count_skips(context.found_inf)
         elif not all_finite(gradients):
@@ -291,7 +300,7 @@ class S2SAM:
             self._stats.count_skips(1)
 
     def _restore(self, slot: Slot, context: StepContext) -> None:
-        self._end_looks()
+        self._looks.end()
         if self._stats.due(slot.step):
             self._stats.at_step(slot, context, self.sign)
         for other in self._slots:
@@ -301,8 +310,7 @@ class S2SAM:
     def _store(self, slot: Slot, context: StepContext) -> None:
         if not context.skip:
             slot.store(found_inf=context.found_inf, may_create=not context.replace)
-        slot.step += 1
-        slot.fresh = False
+        slot.end_step()
 
     def _before_load(self, slot: Slot) -> None:
         self.restore()

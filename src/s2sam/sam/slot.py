@@ -11,24 +11,35 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from s2sam.hooks import check_number
-from s2sam.sam.displacement import Scale, Twin, choose_, copy_unless_, displace_, restore_, swap_
-from s2sam.sam.norms import constant
+from s2sam.sam.displacement import Scale, choose_, copy_unless_, displace_, restore_, swap_
+from s2sam.sam.norms import constant, real
 
 KEY = "s2sam_buffer"  #: name of the buffer b in optimizer.state[p]
-STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] of a state_dict holds besides
+STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds besides
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+
+
+@dataclass
+class Twin:
+    """The buffer of a parameter holds x, made with this rho and coefficient c (None: only the device knows it)."""
+
+    rho: float
+    c: Tensor | None
+    version: int | None  #: of the weights it belongs to; None = loaded, and the weights may be loaded after it
+    flag: Tensor | None = None  #: it does so if this is 1; None = it does
 
 
 @dataclass
 class Block:
     """Parameters of one rho, device and dtype, with their buffers b and directions d (`d is b` for gradients).
 
-    `ratio` is this rho over the one that the twins were made with.
+    `twin` says whether b holds x, `ratio` is this rho over the one that x was made with.
     """
 
     rho: float
-    twin: Twin
-    ratio: float
+    twin: bool | Tensor = False
+    ratio: float = 1.0
+    c: Tensor | None = None
     p: list[Tensor] = field(default_factory=list)
     b: list[Tensor] = field(default_factory=list)
     d: list[Tensor] = field(default_factory=list)
@@ -38,19 +49,38 @@ class Block:
         """True if the direction lives in the buffer itself, so that a window uses it up."""
         return self.d is self.b
 
+    @torch.no_grad()
+    def untwin(self, scale: Scale) -> None:
+        """b: x -> d = (x - w) / (c |w|^power), to within rounding, so that a new common norm can apply to it."""
+        assert self.c is not None
+        d = list(torch._foreach_div(torch._foreach_sub(self.b, self.p), self.c))
+        if scale.power:
+            squares = scale.shaped([torch.ones_like(p) for p in self.p], self.p)
+            d = [t.nan_to_num_(0.0, 0.0, 0.0) for t in torch._foreach_div(d, squares)]  # at w = 0 nothing moves
+        torch._foreach_copy_(self.b, d)
+        self.twin, self.ratio = False, 1.0
+
 
 class Slot:
-    """Buffers and window of one optimizer. `step` counts finished steps."""
+    """Buffers and window of one optimizer."""
 
     def __init__(self, optimizer: Optimizer, *, momentum: bool, factor: Callable[[int], float] | None) -> None:
         self.optimizer, self.momentum, self.factor = optimizer, momentum, factor
-        self.step = 0
         self.open = False  #: between displace and restore
         self.fresh = False  #: a displaced forward or displace() happened since the last step
         self.blocks: list[Block] = []  #: what is displaced while open
-        self.twins: dict[int, float] = {}  #: ids of the parameters whose buffer holds x, and the rho it was made with ...
-        self.flag: Tensor | None = None  #: ... if this is 1 (None: they do)
-        self.loaded = False  #: the twins come from a checkpoint, whose weights may be loaded after them
+        self.twins: dict[int, Twin] = {}  #: by id of the parameter
+        self.spent: list[Tensor] = []  #: buffers whose direction was used up by a step that has not ended
+        self._companion: object = None  #: the loading of weights that belongs to twins from a checkpoint
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return int(self.optimizer.param_groups[0].get(STEP, 0))
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the optimizer."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def rho(self, group: dict[str, Any]) -> float:
         """rho of a group for the coming step: group["rho"] times the schedule's factor; ValueError if unusable."""
@@ -65,8 +95,19 @@ class Slot:
             b = self.optimizer.state[p][KEY] = b.to(p.device, p.dtype)
         return b
 
+    def momentum_of(self, p: Tensor) -> Tensor:
+        """The base optimizer's momentum buffer of `p`. Raises ValueError if it keeps none."""
+        for key in MOMENTUM_KEYS:
+            momentum: Tensor | None = self.optimizer.state[p].get(key)
+            if momentum is not None:
+                return momentum
+        raise ValueError("direction='momentum' needs momentum in every param_group, and one has none")
+
+    # The window
+
     def displaceable(self) -> list[Block]:
         """The parameters with a direction and rho > 0, in blocks."""
+        self.forget_spent()
         blocks: dict[Any, Block] = {}
         for group in self.optimizer.param_groups:
             rho = self.rho(group)
@@ -74,13 +115,18 @@ class Slot:
                 b = self.buffer(p)
                 if b is None:
                     continue
-                twin: Twin = id(p) in self.twins
-                ratio = rho / self.twins[id(p)] if twin else 1.0
-                key = (rho, p.device, p.dtype, twin, ratio)
+                twin = self.twins.get(id(p))
+                if twin is not None and twin.version not in (None, p._version):
+                    self._drop(p)  # somebody wrote to these weights
+                    twin = None
+                key = (rho, p.device, p.dtype, twin and (twin.rho, id(twin.c), id(twin.flag)))
                 if key not in blocks:
-                    blocks[key] = Block(rho, self.flag if twin and self.flag is not None else twin, ratio)
+                    blocks[key] = block = Block(rho)
+                    if twin is not None:
+                        block.twin = True if twin.flag is None else twin.flag
+                        block.ratio, block.c = rho / twin.rho, twin.c
                     if not self.momentum:
-                        blocks[key].d = blocks[key].b
+                        block.d = block.b
                 block = blocks[key]
                 block.p.append(p)
                 block.b.append(b)
@@ -88,27 +134,25 @@ class Slot:
                     block.d.append(self.momentum_of(p))
         return list(blocks.values())
 
-    def momentum_of(self, p: Tensor) -> Tensor:
-        """The base optimizer's momentum buffer of `p`."""
-        state = self.optimizer.state[p]
-        momentum: Tensor = next(state[key] for key in MOMENTUM_KEYS if state.get(key) is not None)
-        return momentum
-
     @torch.no_grad()
     def displace(self, blocks: list[Block], coefficients: dict[int, Tensor], scale: Scale) -> None:
-        """Open the window: w -> x, with e = c |w|^power d and c by id(block)."""
+        """Open the window: w -> x, with e = c |w|^power d and c by id(block), except for twins."""
         for block in blocks:
-            c = coefficients[id(block)]
-            if block.twin is True and block.ratio == 1:
+            if block.twin is False:
+                block.c = coefficients[id(block)]
+                displace_(block.p, block.b, block.d, block.c, scale)
+            elif block.twin is True and block.ratio == 1:
                 swap_(block.p, block.b)
-            elif block.twin is False:
-                displace_(block.p, block.b, block.d, c, scale)
+            elif block.twin is True:
+                one = constant(1.0, block.p[0].device, real(block.p[0]))
+                choose_(block.p, block.b, block.d, one, scale, one, block.ratio)
+                block.c = None if block.c is None else block.c * block.ratio
             else:
-                twin = constant(1.0, c.device, c.dtype) if block.twin is True else block.twin
-                choose_(block.p, block.b, block.d, c, scale, twin, block.ratio)
+                choose_(block.p, block.b, block.d, coefficients[id(block)], scale, block.twin, block.ratio)
+                block.c = None
+            for p in block.p:
+                self.twins.pop(id(p), None)
         self.blocks, self.open = blocks, True
-        self.twins.clear()
-        self.flag, self.loaded = None, False
 
     @torch.no_grad()
     def restore(self, *, keep: bool) -> None:
@@ -116,9 +160,10 @@ class Slot:
         for block in self.blocks:
             if keep and block.own:
                 swap_(block.p, block.b)
-                self.twins.update((id(p), block.rho) for p in block.p)
+                self.twins.update((id(p), Twin(block.rho, block.c, p._version)) for p in block.p)
             else:
                 restore_(block.p, block.b)
+                self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
 
     @torch.no_grad()
@@ -139,7 +184,6 @@ class Slot:
             if p.grad is None:
                 if b is not None:
                     gone.append(b)
-                    self.twins.pop(id(p), None)
                 continue
             if b is None:
                 if not may_create and not self.optimizer.state.get(p):
@@ -147,49 +191,89 @@ class Slot:
                 b = self.optimizer.state[p][KEY] = torch.zeros_like(p, requires_grad=False)
             buffers.append(b)
             gradients.append(p.grad)
-        if not self.momentum:
+        self.spent = []
+        if found_inf is None:
+            self.twins.clear()
+        if self.momentum:
+            return
+        if found_inf is None:
             if gone:
                 torch._foreach_zero_(gone)
-            if buffers and found_inf is None:
+            if buffers:
                 torch._foreach_copy_(buffers, gradients)
-            elif buffers and found_inf is not None:
-                copy_unless_(buffers, gradients, found_inf)
-        if found_inf is None or not self.twins:
-            self.twins.clear()
-            self.flag = None
         else:
-            self.flag = found_inf if self.flag is None else self.flag * found_inf
+            for gone_there in gone:
+                gone_there.mul_(found_inf.to(gone_there.device))
+            if buffers:
+                copy_unless_(buffers, gradients, found_inf)
+            flags: dict[int, Tensor] = {}
+            for twin in self.twins.values():
+                old = id(twin.flag)
+                if old not in flags:
+                    flags[old] = found_inf if twin.flag is None else twin.flag * found_inf
+                twin.flag = flags[old]
 
-    def drop_twins(self) -> None:
-        """Forget what belongs to weights that were replaced: these parameters are not displaced for one step."""
+    def end_step(self) -> None:
+        """Count the step; what twins there are belong to the weights as they are now."""
+        self.optimizer.param_groups[0][STEP] = self.step + 1
+        self.fresh = False
+        for p in self.parameters() if self.twins else ():
+            if id(p) in self.twins:
+                self.twins[id(p)].version = p._version
+
+    @torch.no_grad()
+    def forget_spent(self) -> None:
+        """A step that raised has left w, not a direction, in these buffers: there is no direction."""
+        if self.spent:
+            torch._foreach_zero_(self.spent)
+            self.spent = []
+
+    @torch.no_grad()
+    def _drop(self, p: Tensor) -> None:
+        twin, b = self.twins.pop(id(p)), self.buffer(p)
+        if b is not None:
+            b.mul_(0 if twin.flag is None else 1 - twin.flag)
+
+    # Checkpoints
+
+    def weights_replaced(self, load: object) -> None:
+        """Weights are being loaded, by the load_state_dict call that `load` stands for.
+
+        Twins from a checkpoint expect their weights to be loaded once, before or after them; a second loading makes
+        them stale.
+        """
+        again = self._companion is not None and self._companion is not load
         for p in self.parameters():
-            if id(p) in self.twins and (b := self.buffer(p)) is not None:
-                b.zero_()
-        self.twins.clear()
-        self.flag = None
-
-    def parameters(self) -> list[Tensor]:
-        """All parameters of the optimizer."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+            twin = self.twins.get(id(p))
+            if again and twin is not None and twin.version is None:
+                self._drop(p)
+        self._companion = load
 
     def save(self, state_dict: dict[str, Any], *, peeking: bool) -> None:
-        """Put the step count, and copies of the x that restores an open window, into a state_dict just made."""
-        twins = dict(self.twins) if self.flag is None or bool(self.flag) else {}
-        x = {id(p): block.rho for block in self.blocks if block.own for p in block.p}
-        twins.update(x)
+        """Put what opens the window again at the same x, as copies, into a state_dict just made."""
+        self.forget_spent()
+        twins = {i: t for i, t in self.twins.items() if t.flag is None or bool(t.flag)}
+        x = {id(p): b if peeking else p for k in self.blocks if k.own for p, b in zip(k.p, k.b, strict=True)}
+        twins |= {id(p): Twin(block.rho, block.c, 0) for block in self.blocks if block.own for p in block.p}
         saved = []
         for index, p in enumerate(self.parameters()):
             if id(p) in twins:
-                saved.append([index, twins[id(p)]])
-                if id(p) in x and not peeking:
-                    entry = state_dict["state"][index]
-                    state_dict["state"][index] = {**entry, KEY: p.detach().clone()}
-        state_dict["param_groups"][0].update({STEP: self.step, TWINS: saved})
+                twin = twins[id(p)]
+                saved.append([index, twin.rho, None if twin.c is None else float(twin.c)])
+            if id(p) in x:
+                entry = state_dict["state"][index]
+                state_dict["state"][index] = {**entry, KEY: x[id(p)].detach().clone()}
+        state_dict["param_groups"][0][TWINS] = saved
 
     def load(self) -> None:
         """Take back what :meth:`save` wrote, after the optimizer has loaded a state_dict (ours or a plain one)."""
         first = self.optimizer.param_groups[0]
-        self.step = int(first.pop(STEP, 0))
+        first.setdefault(STEP, 0)
         parameters = self.parameters()
-        self.twins = {id(parameters[int(i)]): float(rho) for i, rho in first.pop(TWINS, [])}
-        self.flag, self.loaded, self.fresh = None, bool(self.twins), False
+        self.twins = {}
+        for index, rho, c in first.get(TWINS, []):
+            p = parameters[int(index)]
+            known = None if c is None else constant(float(c), p.device, real(p))
+            self.twins[id(p)] = Twin(float(rho), known, None)
+        first[TWINS] = []  # stays there, empty: tools that flatten a state_dict read back only keys they see
+        self.fresh, self.spent, self._companion = False, [], None

@@ -47,7 +47,7 @@ class Stats:
                 if block.twin is True:
                     aim = list(torch._foreach_sub(block.b, block.p))  # has its sign already
                 else:
-                    aim = [t.clone() for t in scale.shaped(block.d, block.p, scale.power)]
+                    aim = [t.clone() for t in scale.shaped(block.d, block.p)]
                 self._pending.append((block, aim))
             for group in slot.optimizer.param_groups if slot.momentum else ():
                 if group.get("weight_decay") and 0 < group.get("momentum", 0) < 1:
@@ -90,4 +90,3 @@ class Stats:
         """All numbers as floats."""
         skipped = self._skipped + (0 if self._skipped_on_device is None else float(self._skipped_on_device))
         return {"step": float(step), "skipped": float(skipped)} | {k: float(v) for k, v in self._values.items()}
-

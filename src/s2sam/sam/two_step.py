@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import Closure, Phase, StepContext, check_number, claim_sharpness, release_sharpness, step_hooks
+from s2sam.hooks import Closure, Phase, StepContext, check_number, check_optimizers, claim_sharpness, release_sharpness
 from s2sam.sam.displacement import SCALES, pieces, restore_
+from s2sam.sam.model_hooks import check_models
 from s2sam.sam.norms import all_finite, by_kind, total_norm
 
 
@@ -22,9 +23,9 @@ class SAM:
         e_t = \rho\, \nabla L_t(w_t) / \|\nabla L_t(w_t)\|_2, \qquad g_t = \nabla L_t(w_t + e_t), \qquad
         w_{t+1} = w_t - \eta\,\mathrm{base}(g_t, w_t)
 
-    Use it as `loss = optimizer.step(closure)`: the closure runs forward and backward and returns the loss, and is called
-    exactly twice. Gradients are cleared before the second call, masks of an attached sparsifier act before the norm,
-    and the loss returned is the first one. With `model`, buffers (BatchNorm statistics) come from the first pass.
+    Use it as `loss = optimizer.step(closure)`: the closure runs forward and backward and returns the loss, and is
+    called exactly twice. Gradients are cleared before the second call, masks of an attached sparsifier act before the
+    norm, and the loss returned is the first one. With `model`, buffers (BatchNorm statistics) come from the first pass.
 
     Args:
         optimizer: any first-order torch optimizer.
@@ -64,9 +65,8 @@ class SAM:
             raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
         check_number("rho", rho)
         self.optimizer, self.scale = optimizer, SCALES[scale]
-        self._models = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
-        self._hooks = step_hooks(optimizer)
-        claim_sharpness([self._hooks], self, rho)
+        self._models = check_models(model)
+        (self._hooks,) = claim_sharpness(check_optimizers(optimizer), self, rho)
         self._hooks.run_closure = self._two_passes
         self._handle = self._hooks.register(Phase.CHECK, self._check)
         self._finite = True
@@ -80,13 +80,15 @@ class SAM:
         if not context.has_closure:
             raise RuntimeError(
                 "SAM computes two gradients a step: call optimizer.step(closure) with a closure that runs forward and "
-                "backward and returns the loss; a GradScaler cannot do that, so use bfloat16 autocast (or S2SAM) with it"
+                "backward and returns the loss; a GradScaler cannot do that, so use bfloat16 autocast or S2SAM"
             )
         context.skip = not (self._finite and all_finite(context.gradients()))
 
     def _two_passes(self, closure: Closure) -> Any:
         loss = closure()
-        groups = [(float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups]
+        groups = [
+            (float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups
+        ]
         blocks = [(rho, ps) for rho, params in groups if rho > 0 for ps in by_kind(params)]
         self._finite = all_finite([p.grad for _, ps in blocks for p in ps if p.grad is not None])
         if not blocks or not self._finite:
@@ -107,7 +109,7 @@ class SAM:
             for g, (rho, ps) in zip(gradients, blocks, strict=True):
                 c = self.scale.coefficient(rho, norm, size).to(ps[0].device)
                 for w, d in pieces(ps, g):
-                    torch._foreach_add_(w, torch._foreach_mul(self.scale.shaped(d, w, self.scale.power), c))
+                    torch._foreach_add_(w, torch._foreach_mul(self.scale.shaped(d, w), c))
         self.optimizer.zero_grad(set_to_none=True)
         try:
             yield
