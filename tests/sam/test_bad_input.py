@@ -1,19 +1,15 @@
 """Arguments and optimizers that cannot work are refused in one sentence, and leave nothing behind."""
 
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import make_data, make_net, same, snapshot
 from torch import nn
 from torch.optim import Optimizer
 
 from s2sam import S2SAM, SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import make_data, make_net, same, snapshot
 
 
 class Lookahead(Optimizer):

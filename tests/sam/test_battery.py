@@ -1,18 +1,13 @@
 """One battery for every optimizer: sparsity and S2SAM together, in both attach orders, with and without closure."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import BATTERY, FACTORIES, WITHOUT_MOMENTUM, distance, make_data, make_net, same, snapshot, total
 from torch.func import functional_call
 
 from s2sam import S2SAM, sparsify
 from s2sam.sam.reference import ReferenceS2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import BATTERY, FACTORIES, WITHOUT_MOMENTUM, distance, make_data, make_net, same, snapshot, total
 
 RHO = 0.05
 

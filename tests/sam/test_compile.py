@@ -1,16 +1,11 @@
 """torch.compile of the model: the same weights, no recompilation, whichever module the window hangs on."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, distance, make_data, make_net, same, snapshot, total
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, distance, make_data, make_net, same, snapshot, total
 
 RHO = 0.3
 STEPS = 20

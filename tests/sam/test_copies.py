@@ -8,37 +8,17 @@ import subprocess
 import sys
 import weakref
 from functools import partial
-from pathlib import Path
 
 import pytest
+import sam_common
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, make_data, make_net, moved, same, snapshot, take_step
 
 from s2sam import S2SAM, SAM
 
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, make_data, make_net, same, snapshot, total
-
 RHO = 0.3
-
-
-def attached(factory="sgd", warm=2):
-    net = make_net()
-    optimizer = FACTORIES[factory](net.parameters())
-    sam = S2SAM(optimizer, model=net, rho=RHO)
-    for batch in make_data(warm, seed=7):
-        take_step(net, optimizer, batch)
-    return net, optimizer, sam
-
-
-def take_step(net, optimizer, batch):
-    F.cross_entropy(net(batch[0]), batch[1]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def moved(net, w):
-    return total([p - q for p, q in zip(net.parameters(), w, strict=True)])
+attached = partial(sam_common.attached, rho=RHO, warm=2)
 
 
 def by_file(thing):

@@ -1,21 +1,17 @@
 """The guard: step() refuses gradients that were taken at the clean weights, and only those."""
 
 import copy
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import make_data, snapshot, total
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import make_data, snapshot, total
 
 RHO = 0.3
 

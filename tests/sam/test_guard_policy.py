@@ -1,18 +1,14 @@
 """What the guard does besides raising, and for whom it speaks."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import make_data, snapshot, total
+from test_guard import RHO, Net, World, by_parts
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import make_data, snapshot, total
-from test_guard import RHO, Net, World, by_parts
 
 
 def test_a_refused_step_can_be_repeated_properly():

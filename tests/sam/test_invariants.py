@@ -1,16 +1,11 @@
 """Invariants 1, 2 and 5 of the design: rho = 0, exact restore, radius, storages."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, WITHOUT_MOMENTUM, distance, make_data, make_net, same, snapshot, total
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, WITHOUT_MOMENTUM, distance, make_data, make_net, same, snapshot, total
 
 
 def train(factory, steps, *, attach=None, dtype=torch.float32, set_to_none=True, on_forward=None, data=None):

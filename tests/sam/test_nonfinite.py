@@ -1,17 +1,12 @@
 """A gradient that is not finite: nothing moves, nothing is forgotten, and it is counted."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, WITHOUT_MOMENTUM, make_data, make_net, same, snapshot, total
 from torch import nn
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, WITHOUT_MOMENTUM, make_data, make_net, same, snapshot, total
 
 NAMES = ("sgd", "sgd-foreach", "sgd-fused", "adamw", "adamw-fused", "nadam", "adafactor", "muon")
 RHO = 0.3

@@ -1,41 +1,21 @@
 """Defects of the published code, one regression test each, by name; the docstring says where each of them is."""
 
 import copy
-import sys
 import warnings
-from pathlib import Path
+from functools import partial
 
 import pytest
+import sam_common
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, distance, make_data, make_net, moved, same, snapshot, take_step, total
 from torch import nn
 
 from s2sam import S2SAM
 from s2sam.hooks import Phase, step_hooks
 
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, distance, make_data, make_net, same, snapshot, total
-
 RHO = 0.5
-
-
-def attached(factory="sgd", dtype=torch.float64, warm=2, rho=RHO, **options):
-    net = make_net(dtype)
-    optimizer = FACTORIES[factory](net.parameters())
-    sam = S2SAM(optimizer, model=net, rho=rho, **options)
-    for batch in make_data(warm, dtype, seed=7):
-        take_step(net, optimizer, batch)
-    return net, optimizer, sam
-
-
-def take_step(net, optimizer, batch, set_to_none=True):
-    F.cross_entropy(net(batch[0]).to(torch.promote_types(net[0].weight.dtype, torch.float32)), batch[1]).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=set_to_none)
-
-
-def moved(net, w):
-    return total([p - q for p, q in zip(net.parameters(), w, strict=True)])
+attached = partial(sam_common.attached, rho=RHO, warm=2)
 
 
 def test_the_method_silently_being_plain_sgd_when_zero_grad_sets_none():

@@ -2,20 +2,17 @@
 
 import ast
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, WITHOUT_MOMENTUM, distance, make_data, make_net, snapshot
 from torch.func import functional_call
 
 import s2sam.sam.reference
 from s2sam import S2SAM, sparsify
 from s2sam.sam.reference import ReferenceS2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, WITHOUT_MOMENTUM, distance, make_data, make_net, snapshot
 
 
 def grouped(factory, rhos):

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, make_data, make_net, same, snapshot, total
 from torch import nn
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, make_data, make_net, same, snapshot, total
 
 RHO = 0.3
 DATA = 14

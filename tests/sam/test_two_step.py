@@ -1,18 +1,13 @@
 """SAM, the two-gradient baseline."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import BATTERY, FACTORIES, distance, make_data, make_net, same, snapshot, total
 from torch import nn
 from torch.func import functional_call
 
 from s2sam import SAM, sparsify
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import BATTERY, FACTORIES, distance, make_data, make_net, same, snapshot, total
 
 
 def closure_of(net, x, y, calls=None):

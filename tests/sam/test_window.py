@@ -1,38 +1,14 @@
 """The window: where the weights are in every forward, and what ends it."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_common import FACTORIES, attached, distance, make_data, make_net, moved, same, snapshot, take_step, total
 from torch import nn
 
 from s2sam import S2SAM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from optimizers import FACTORIES, distance, make_data, make_net, same, snapshot, total
-
-
-def attached(factory="sgd", dtype=torch.float64, warm=3, rho=0.3, **options):
-    """A net that has taken `warm` steps with S2SAM."""
-    net = make_net(dtype)
-    optimizer = FACTORIES[factory](net.parameters())
-    sam = S2SAM(optimizer, model=net, rho=rho, **options)
-    for batch in make_data(warm, dtype, seed=7):
-        take_step(net, optimizer, batch)
-    return net, optimizer, sam
-
-
-def take_step(net, optimizer, batch):
-    F.cross_entropy(net(batch[0]), batch[1]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def moved(net, w):
-    return total([p - q for p, q in zip(net.parameters(), w, strict=True)])
 
 
 def gradients(net):

@@ -1,10 +1,13 @@
-"""The optimizers that every sharpness test runs on. Not a test file."""
+"""Optimizers, nets, data and measures that the sharpness tests share. Not a test file."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
+
+from s2sam import S2SAM
 
 
 def sgd(params, **kw) -> Optimizer:
@@ -64,3 +67,26 @@ def total(tensors) -> float:
 def same(a, b) -> bool:
     """Bit-equal lists."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def take_step(net: nn.Module, optimizer: Optimizer, batch, set_to_none: bool = True) -> None:
+    """One ordinary training step."""
+    logits = net(batch[0])
+    F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def attached(factory="sgd", dtype=torch.float64, warm=3, rho=0.3, **options):
+    """(net, optimizer, sam) after `warm` steps with S2SAM."""
+    net = make_net(dtype)
+    optimizer = FACTORIES[factory](net.parameters())
+    sam = S2SAM(optimizer, model=net, rho=rho, **options)
+    for batch in make_data(warm, dtype, seed=7):
+        take_step(net, optimizer, batch)
+    return net, optimizer, sam
+
+
+def moved(net: nn.Module, w) -> float:
+    """Distance of the parameters from `w`."""
+    return total([p - q for p, q in zip(net.parameters(), w, strict=True)])
