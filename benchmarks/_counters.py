@@ -4,8 +4,9 @@ Counting rule. A *call* is one aten operator that reaches the dispatcher below a
 included; a foreach or fused operator is one call. The *bytes* of a call are the bytes of every tensor it reads plus
 the bytes of every tensor it writes: an argument written in place counts as read and written, except where the operator
 overwrites it without reading it (copy_, fill_, zero_); a fresh result counts as written. Views, allocations without a
-fill and the gradients that a fused optimizer step only writes when it unscales them move nothing. 0-dim tensors count
-with their own few bytes. A *host sync* is `aten._local_scalar_dense`, the operator behind `.item()` and `bool(tensor)`.
+fill and the gradients that a fused optimizer step only writes when it unscales them move nothing, and a fused kernel
+whose `found_inf` is 1 reads that flag and nothing else. 0-dim tensors count with their own few bytes. A *host sync* is
+`aten._local_scalar_dense`, the operator behind `.item()` and `bool(tensor)`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def _moved(schema: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     aliases = [r.alias_info for r in schema.returns]
     if name in ALLOCATORS or any(a is not None and not a.is_write for a in aliases):
         return 0
+    found_inf = kwargs.get("found_inf")
+    if name.startswith("_fused_") and found_inf is not None and bool(found_inf):
+        return nbytes(found_inf)
     total = 0
     for position, argument in enumerate(schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)

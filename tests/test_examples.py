@@ -1,6 +1,9 @@
 """The examples a reader copies do run, and do what they say."""
 
+import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,26 @@ def test_minimal_trains_a_sparse_network_at_the_displaced_point():
     assert numbers["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert numbers["displacement"] == pytest.approx(0.05, rel=1e-2)
     assert numbers["topology updates"] > 5
+
+
+def test_a_loop_of_ones_own_resumes_bit_by_bit(tmp_path, capsys):
+    path = ROOT / "examples" / "own_loop_resume.py"
+    checkpoint = tmp_path / "own.pt"
+    command = [sys.executable, str(path), "--checkpoint", str(checkpoint), "--die-at", "33"]
+    killed = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load(checkpoint, weights_only=True)["step"] == 30
+    example = runpy.run_path(str(path))
+    example["main"](["--checkpoint", str(checkpoint)])
+    resumed = capsys.readouterr().out.splitlines()
+    assert resumed.pop(0) == "going on after step 30"
+    example["main"](["--checkpoint", str(tmp_path / "whole.pt")])
+    assert capsys.readouterr().out.splitlines() == resumed
+    assert resumed[:3] == ["steps     60", "sparsity  0.9000", "updates   8"]
+    a, b = (torch.load(p, weights_only=True) for p in (checkpoint, tmp_path / "whole.pt"))
+    for key in ("s2sam_buffer", "momentum_buffer"):
+        for left, right in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+            assert torch.equal(left[key], right[key])
 
 
 def test_the_readme_loop_runs_as_printed(make_generator):

@@ -23,7 +23,7 @@ def sparsify(
     *,
     method: str | type[Sparsifier],
     sparsity: float,
-    distribution: Distribution = "erk",
+    distribution: Distribution = "auto",
     total_steps: int | None = None,
     batches: Iterable[Any] | None = None,
     loss_fn: Any = None,

@@ -37,8 +37,9 @@ def load(path: str) -> Any:
 class MethodInfo:
     """A sparse training method.
 
-    `kind` is "static" (one mask for the whole training) or "dynamic" (the mask moves); `defaults` are its options;
-    `dense_state` says that the optimizer state of pruned weights may be non-zero.
+    `kind` is "static" (one mask for the whole training), "dynamic" (the mask moves) or "iterative" (one mask for each
+    of several trainings); `defaults` are its options; `dense_state` says that the optimizer state of pruned weights may
+    be non-zero.
     """
 
     name: str
@@ -117,6 +118,57 @@ _METHODS = (
         "dynamic",
         {"drop_fraction": 0.3, "delta_t": 100, "t_end": 0.75, "regrow_dropped": True, "sign_split": False},
     ),
+    MethodInfo(
+        "gmp",
+        "s2sam.sparse.methods.gmp:GMP",
+        "Zhu and Gupta 2017, arXiv:1710.01878",
+        "dynamic",
+        {"initial_sparsity": 0.0, "delta_t": 100, "t_start": 0.2, "t_end": 0.75},
+    ),
+    MethodInfo(
+        "mest",
+        "s2sam.sparse.methods.mest:MEST",
+        "Yuan et al. 2021, arXiv:2110.14032",
+        "dynamic",
+        {
+            "variant": "em",
+            "delta_t": 100,
+            "phases": (0.5625, 0.75),
+            "lower": None,
+            "upper": None,
+            "grad_weight": 0.0,
+            "regrow_dropped": False,
+            "mest_compat": False,
+        },
+    ),
+    MethodInfo(
+        "lt",
+        "s2sam.sparse.methods.lt:LT",
+        "Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2019, arXiv:1903.01611",
+        "iterative",
+        {"rate": 0.2, "rewind_step": 0},
+    ),
+    MethodInfo(
+        "snip",
+        "s2sam.sparse.methods.snip:SNIP",
+        "Lee et al. 2019, arXiv:1810.02340",
+        "static",
+        {"min_per_layer": 1, "bn_mode": "train", "num_batches": None},
+    ),
+    MethodInfo(
+        "grasp",
+        "s2sam.sparse.methods.grasp:GraSP",
+        "Wang et al. 2020, arXiv:2002.07376",
+        "static",
+        {"min_per_layer": 1, "bn_mode": "train", "num_batches": None, "temperature": 200.0},
+    ),
+    MethodInfo(
+        "synflow",
+        "s2sam.sparse.methods.synflow:SynFlow",
+        "Tanaka et al. 2020, arXiv:2006.05467",
+        "static",
+        {"min_per_layer": 1, "rounds": 100, "input_shape": None},
+    ),
 )
 
 
@@ -157,7 +209,7 @@ def find(rows: Sequence[R], name: str, what: str) -> R:
     'dynamic'
     >>> find(list_methods(), "rigel", "method")
     Traceback (most recent call last):
-    ValueError: unknown method 'rigel'; did you mean 'rigl'? (one of: static, magnitude, set, rigl)
+    ValueError: unknown method 'rigel'; did you mean 'rigl'? (one of: static, magnitude, set, rigl, ...)
 
     Raises:
         ValueError: there is none; the message names the nearest and lists all.

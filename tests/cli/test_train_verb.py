@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -214,3 +216,65 @@ def test_as_a_process(out):
     good = subprocess.run([*command, *QUICK], capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")
     assert (out / "DONE").exists()
+
+
+def test_the_same_command_goes_on_with_a_stopped_run(out, capsys, monkeypatch):
+    from s2sam.train import loop
+
+    argv = ["train", *QUICK, "--epochs", "2", "--checkpoint-every", "2", "--out", str(out)]
+    assert main([*argv, "--out", str(out.with_name("whole"))]) == 0
+    step, calls = loop.train_step, iter(range(100))
+
+    def interrupted(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    assert main(argv) == 130
+    monkeypatch.setattr(loop, "train_step", step)
+    capsys.readouterr()
+    assert main([*argv, "--lr", "0.2"]) == 2
+    assert "lr is 0.1 there and 0.2 here" in capsys.readouterr().err
+    assert main([*argv, "--resume", "nevr"]) == 2
+    assert "did you mean 'never'?" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert "going on after step 2 of" in capsys.readouterr().out
+    whole = out.with_name("whole") / "model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == whole.read_bytes()
+    assert main([*argv, "--resume=never"]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_lists_and_free_options_are_flags(out):
+    from s2sam.train.config_files import parse, parse_flags
+
+    config = parse(
+        ["--schedule.name", "step", "--schedule.milestones", "[0.3, 0.6]", "--data-options.options.resize", "8"]
+    )
+    assert config.schedule.milestones == [0.3, 0.6]
+    assert config.data_options.options == {"resize": 8}
+    assert parse_flags(["--resume", "x/last.pt"])[1] == {
+        "resume": "x/last.pt",
+        "overwrite": False,
+        "print_config": False,
+    }
+
+
+def test_sigterm_saves_and_says_so(out, capsys, monkeypatch):
+    from s2sam.train import loop
+
+    step = loop.train_step
+
+    def ended(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", ended)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *QUICK, "--out", str(out)])
+    assert end.value.code == 143
+    assert f"the same command goes on in {out}" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "train_step", step)
+    assert main(["train", *QUICK, "--out", str(out)]) == 0
+    assert "going on after step 1 of" in capsys.readouterr().out

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2sam.data.augment import AUGMENTATIONS, Augment, flip, normalise, pad_crop
+from s2sam.data.augment import (
+    AUGMENTATIONS,
+    Augment,
+    cutout,
+    flip,
+    mixed_loss,
+    mixup,
+    normalise,
+    pad_crop,
+    soft_targets,
+)
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -154,3 +167,130 @@ def test_kinds_do_what_they_say(kind: str) -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augment(torch.ones(3), torch.ones(3), **options)
+
+
+def square(image: Tensor, size: int, row: int, column: int) -> Tensor:
+    """`image` with the pixels around (row, column) blanked, pixel by pixel."""
+    out = image.clone()
+    for i in range(image.shape[1]):
+        for j in range(image.shape[2]):
+            if -(size // 2) <= i - row < size - size // 2 and -(size // 2) <= j - column < size - size // 2:
+                out[:, i, j] = 0
+    return out
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 4), c=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(1, 6), size=st.integers(0, 7),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_a_cutout_is_one_square_around_a_pixel(n: int, c: int, h: int, w: int, size: int, seed: int) -> None:
+    x = numbered(n, c, h, w)
+    for image, y in zip(x, cutout(x, size, gen(seed)), strict=True):
+        assert any(torch.equal(y, square(image, size, i, j)) for i in range(h) for j in range(w))
+
+
+def test_cutout_centres_are_uniform_and_rows_and_columns_independent() -> None:
+    x = torch.ones(20_000, 2, 5, 4)
+    y = cutout(x, 1, gen(1))
+    assert torch.equal(y[:, 0], y[:, 1])
+    assert (y[:, 0] == 0).sum((1, 2)).eq(1).all()
+    hits = (y[:, 0] == 0).sum(0).double().flatten()
+    assert ((hits - 1000) ** 2 / 1000).sum() < 50  # chi-squared with 19 degrees of freedom, far tail
+    assert torch.equal(x, torch.ones_like(x))
+
+
+def test_cutout_of_cifar_blanks_its_share() -> None:
+    """16 of 32 pixels: a quarter where nothing is cut off, (16 * 3/4 / 32 + edge)^2 in the mean."""
+    kept = cutout(torch.ones(5_000, 1, 32, 32), 16, gen(2)).mean()
+    side = sum(min(32, c + 8) - max(0, c - 8) for c in range(32)) / 32**2
+    assert kept == pytest.approx(1 - side**2, abs=0.003)
+
+
+def test_mixup_is_its_formula() -> None:
+    x, y = torch.randn(6, 2, 3, 3, generator=gen(0)), torch.arange(6)
+    mixed, y_a, y_b, lam = mixup(x, y, 0.4, gen(3))
+    assert 0.0 <= lam <= 1.0
+    assert torch.equal(y_a, y)
+    assert sorted(y_b.tolist()) == list(range(6))
+    torch.testing.assert_close(mixed, lam * x + (1 - lam) * x[y_b])
+    assert torch.equal(mixup(x, y, 0.4, gen(3))[0], mixed)
+    assert not torch.equal(mixup(x, y, 0.4, gen(4))[0], mixed)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_lam_is_beta_distributed(alpha: float) -> None:
+    generator, one = gen(5), torch.zeros(1, 1, 1, 1)
+    lams = torch.tensor([mixup(one, torch.zeros(1), alpha, generator)[3] for _ in range(4000)], dtype=torch.float64)
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(lams.mean() - 0.5) < 5 * math.sqrt(variance / 4000)
+    assert lams.var() == pytest.approx(variance, rel=0.12)
+
+
+def test_mixed_loss_equals_the_loss_of_mixed_targets() -> None:
+    logits, y_a = torch.randn(5, 4, generator=gen(1)), torch.tensor([0, 1, 2, 3, 0])
+    y_b, lam = torch.tensor([3, 3, 2, 0, 1]), 0.3
+    mixed = lam * soft_targets(y_a, 4) + (1 - lam) * soft_targets(y_b, 4)
+    torch.testing.assert_close(mixed_loss(F.cross_entropy, logits, y_a, y_b, lam), F.cross_entropy(logits, mixed))
+
+
+@given(
+    smoothing=st.floats(0, 0.99),
+    classes=st.integers(2, 20),
+    labels=st.lists(st.integers(0, 1000), min_size=1, max_size=5),
+)
+@settings(deadline=None, max_examples=40)
+def test_smoothed_labels_are_probabilities(smoothing: float, classes: int, labels: list[int]) -> None:
+    y = torch.tensor(labels) % classes
+    targets = soft_targets(y, classes, smoothing, torch.float64)
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(y), dtype=torch.float64))
+    assert (targets >= 0).all()
+    others = targets.scatter(1, y[:, None], smoothing / classes)
+    torch.testing.assert_close(others, torch.full_like(others, smoothing / classes))
+
+
+def test_smoothed_labels_give_the_loss_of_torch() -> None:
+    logits, y = torch.randn(8, 5, generator=gen(1)), torch.arange(8) % 5
+    want = F.cross_entropy(logits, y, label_smoothing=0.1)
+    torch.testing.assert_close(F.cross_entropy(logits, soft_targets(y, 5, 0.1)), want)
+
+
+def test_augment_cuts_out_after_normalisation() -> None:
+    x = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    augment = Augment(torch.full((3,), 0.5), torch.full((3,), 0.25), "none", cutout=3)
+    assert torch.equal(augment(x), torch.full((3, 3, 8, 8), 2.0))
+    y = augment(x, gen(0))
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert 4 <= (y[0, 0] == 0).sum() <= 9
+
+
+@pytest.mark.parametrize(
+    "augmentation", [lambda x, g: cutout(x, 2, g), lambda x, g: mixup(x, x[:, 0, 0, 0], 0.5, g)[0]]
+)
+def test_new_draws_repeat_and_leave_the_global_state_alone(augmentation: object) -> None:
+    x = numbered(16, 3, 8, 8, torch.float32)
+    before = torch.random.get_rng_state()
+    assert torch.equal(augmentation(x, gen(5)), augmentation(x, gen(5)))
+    assert not torch.equal(augmentation(x, gen(5)), augmentation(x, gen(6)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: cutout(x, -1, gen()), ValueError, "size of a cutout must be a whole number of pixels >= 0, got -1"),
+        (lambda x: Augment(torch.ones(3), torch.ones(3), cutout=1.5), ValueError, "cutout must be a whole number"),
+        (lambda x: mixup(x, torch.zeros(2), 0.0, gen()), ValueError, "alpha of mixup must be above 0, got 0.0"),
+        (lambda x: mixup(x, torch.zeros(2), math.nan, gen()), ValueError, "alpha of mixup must be above 0"),
+        (
+            lambda x: mixup(x.to(torch.uint8), torch.zeros(2), 1.0, gen()),
+            TypeError,
+            "takes floating images, got .*uint8",
+        ),
+        (lambda x: mixup(x, torch.zeros(3), 1.0, gen()), ValueError, "got 2 images and 3 labels"),
+        (lambda x: soft_targets(torch.zeros(2, dtype=torch.int64), 3, 1.0), ValueError, "label smoothing must be"),
+    ],
+)
+def test_bad_arguments_of_the_new_ones(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.zeros(2, 3, 4, 4))

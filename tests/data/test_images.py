@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2sam.data import DATA, load_data
+from s2sam.data import DATA, data_options, find_row, load_data
 from s2sam.data.arrays import from_arrays
 from s2sam.data.images import ImageData, channel_moments, digest_of
 from s2sam.models import MODELS
@@ -91,7 +91,8 @@ NAN[5, 1, 2, 3] = float("nan")
         ({"val_x": images(4, shape=(1, 4, 4))}, "train and val differ in shape"),
         ({"train_y": labels(8) * 2}, "train_y row 1 has the label 2, but with 2 classes labels are 0 to 1"),
         ({"test_y": -labels(6)}, "test_y row 1 has the label -1"),
-        ({"train_y": labels(7)}, r"train_y must be int64 of shape \(8,\), got int64 of shape \(7,\)"),
+        ({"train_y": labels(7)}, "train_y must hold one label an image, but there are 8 images and 7 labels"),
+        ({"train_y": labels(8)[:, None]}, r"train_y must be int64 of shape \(8,\), got int64 of shape \(8, 1\)"),
         ({"val_y": labels(4).int()}, r"val_y must be int64 of shape \(4,\), got int32"),
         ({"test_y": labels(6).float()}, "test_y must be int64"),
         ({"train_x": images(0), "train_y": labels(0)}, "there are no train images"),
@@ -125,7 +126,7 @@ def test_from_arrays_takes_floats_and_numpy() -> None:
         ({"train_x": np.zeros((8, 1, 4, 4), np.int32)}, "train_x must be uint8"),
         ({"train_x": np.array([["a"]])}, "train_x must be an array of numbers"),
         ({"train_y": labels(8).float()}, "train_y must hold integers, got float32"),
-        ({"train_y": labels(9)}, "train_y must be int64 of shape"),
+        ({"train_y": labels(9)}, "mine: train_y must hold one label an image, but there are 8 images and 9 labels"),
         ({"test_y": labels(6) + 5, "classes": ["a", "b"]}, "test_y row 0 has the label 5, but with 2 classes"),
         ({"train_y": labels(8) - 1}, "train_y row 0 has the label -1"),
         ({"train_x": images(0), "train_y": labels(0)}, "there are no train images"),
@@ -217,9 +218,12 @@ def test_loading_leaves_the_global_random_state_alone() -> None:
     ("spec", "message"),
     [
         ("digit", "unknown data 'digit'; did you mean 'digits'"),
-        ("parquet", "'parquet' is a form, not a data set: give the path of a folder"),
-        ("npz", "give the path of a .npz file"),
-        ("no/such/folder", "there is no data at no/such/folder: give 'digits', a folder"),
+        ("parquet", "'parquet' is a form, not a data set: give the path"),
+        ("npz", "'npz' is a form, not a data set"),
+        ("cifar", "'cifar' is a form, not a data set"),
+        ("cifar10", "there is no folder cifar10: `s2sam data get cifar10` gets it, then give --data data/cifar10"),
+        ("cifar1000", "unknown data 'cifar1000'; did you mean 'cifar100'"),
+        ("no/such/folder", "there is no data at no/such/folder: give 'digits', an .npz file, or a folder"),
         ("images.npz", "there is no data at images.npz"),
     ],
 )
@@ -230,7 +234,7 @@ def test_unknown_data(spec: str, message: str) -> None:
 
 def test_a_file_that_is_neither(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"neither a folder with train\.parquet nor an \.npz file"):
+    with pytest.raises(ValueError, match=r"neither a folder with images nor an \.npz file"):
         load_data(tmp_path / "train.csv")
 
 
@@ -238,8 +242,36 @@ def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_data("digits").name == "digits"
-    with pytest.raises(ValueError, match=r"has no train\.parquet"):
+    with pytest.raises(ValueError, match=r"digits holds no data that is known: it needs train\.parquet, the files of"):
         load_data("./digits")
+
+
+def test_a_folder_is_recognised_or_its_fault_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_1").touch()
+    with pytest.raises(ValueError, match=r"holds no data itself; did you mean .*data/cifar-10-batches-py\?"):
+        load_data(tmp_path / "data")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(ValueError, match="holds both parquet and images data; keep one of them"):
+        load_data(tmp_path)
+    assert find_row("digits").name == "digits"
+    assert data_options(write_npz(tmp_path / "own.npz")) == {}
+    with pytest.raises(ValueError, match="unknown option of digits data 'resize'"):
+        load_data("digits", resize=4)
+
+
+def test_all_tensors_move_and_nothing_else_changes() -> None:
+    data = make()
+    moved = data.to("meta")
+    for field in dataclasses.fields(data):
+        before, after = getattr(data, field.name), getattr(moved, field.name)
+        if isinstance(before, Tensor):
+            assert (after.device.type, before.device.type) == ("meta", "cpu")
+            assert (after.shape, after.dtype) == (before.shape, before.dtype)
+        else:
+            assert after == before
+    assert data.to("cpu").train_x is data.train_x
 
 
 @pytest.mark.parametrize("row", DATA, ids=[row.name for row in DATA])

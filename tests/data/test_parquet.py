@@ -210,6 +210,37 @@ def test_a_bad_image_is_named(folder: Path, data: bytes | None, message: str) ->
     assert "\n" not in str(error.value)
 
 
+def test_the_other_bad_images_are_named_too(folder: Path) -> None:
+    images: list[bytes | None] = [encode(p) for p in pixels(20, seed=1)]
+    for row in (0, 4, 7, 11, 12):
+        images[row] = b"broken"
+    write(folder / "train.parquet", images, [i % 2 for i in range(20)])
+    with pytest.raises(ValueError, match="row 0 is not a readable image") as error:
+        load_data(folder, val_fraction=0.0)
+    rows = ", ".join(f"{folder / 'train.parquet'} row {row}" for row in (4, 7, 11))
+    assert str(error.value).endswith(f"(4 more cannot be used: {rows}, ...)")
+
+
+def test_a_program_of_postscript_is_no_image(folder: Path) -> None:
+    rewrite_train(folder, 7, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 6\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="row 7 is not a readable image"):
+        load_data(folder, val_fraction=0.0)
+
+
+def test_resize_takes_the_centre_square(folder: Path) -> None:
+    wide = np.zeros((8, 12, 3), dtype=np.uint8)
+    wide[:, 2:10] = 200  # the centre square is of one colour
+    for split in ("train", "test"):
+        write(folder / f"{split}.parquet", [encode(wide)] * 10, [0, 1] * 5)
+    data = load_data(folder, resize=4)
+    assert data.image_shape == (3, 4, 4)
+    assert (data.train_x == 200).all()
+    assert (data.test_x == 200).all()
+    assert "the centre square of each image, scaled to 4x4" in data.notes
+    with pytest.raises(ValueError, match="resize must be a whole number of pixels or None, got 0"):
+        load_data(folder, resize=0)
+
+
 def test_test_images_must_have_the_size_of_the_training_images(folder: Path) -> None:
     write(folder / "test.parquet", [encode(p) for p in pixels(4, size=(8, 8))], [0, 1, 0, 1])
     with pytest.raises(ValueError, match=r"test\.parquet row 0 is 8x8 pixels where the first image is 5x6"):
@@ -256,6 +287,9 @@ def test_missing_files_and_columns(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has neither test\.parquet nor validation\.parquet beside train\.parquet"):
         load_data(folder)
     (folder / "train.parquet").unlink()
+    with pytest.raises(ValueError, match=r"holds no data that is known: it needs train\.parquet"):
+        load_data(folder)
+    write(folder / "test.parquet", [GOOD], [0])
     with pytest.raises(ValueError, match=r"has no train\.parquet; give the folder that holds"):
         load_data(folder)
 

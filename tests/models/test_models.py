@@ -54,6 +54,39 @@ def test_golden_counts() -> None:
         assert sum(p.numel() for p in net(name, shortcut="A").parameters()) == count
 
 
+def vgg19_weights(width: float, classes: int = 10, channels: int = 3) -> tuple[int, int]:
+    """(prunable weights, all parameters) of VGG-19 with one linear layer, by hand."""
+    plan = [round(c * width) for c in [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8]
+    prunable = sum(9 * a * b for a, b in itertools.pairwise([channels, *plan])) + plan[-1] * classes
+    return prunable, prunable + 2 * sum(plan) + classes
+
+
+@pytest.mark.parametrize(("width", "classes"), [(1.0, 10), (0.5, 100), (0.25, 7)])
+def test_vgg19_counts_follow_the_formula(width: float, classes: int) -> None:
+    model = net("vgg19", width=width, num_classes=classes)
+    assert (weights(model), sum(p.numel() for p in model.parameters())) == vgg19_weights(width, classes)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 16
+    assert all(m.bias is None and m.kernel_size == (3, 3) for m in convolutions)
+
+
+def test_vgg19_golden_counts() -> None:
+    assert vgg19_weights(1.0)[0] == 20_024_000
+    assert weights(net("vgg19")) == 20_024_000
+
+
+def test_vgg19_halves_the_image_between_groups_and_small_images_pass() -> None:
+    model = net("vgg19", width=0.125)
+    for size, sides in ((32, [32, 16, 8, 4, 2]), (8, [8, 4, 2, 1, 1]), (7, [7, 4, 2, 1, 1])):
+        seen: list[int] = []
+        record = lambda _m, _i, y, seen=seen: seen.append(y.shape[-1])  # noqa: E731
+        handles = [group.register_forward_hook(record) for group in model.groups]  # type: ignore[union-attr]
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 10)
+        assert seen == sides
+        for handle in handles:
+            handle.remove()
+
+
 def test_projection_is_the_default_shortcut() -> None:
     assert model_options("resnet32") == {"width": 1.0, "shortcut": "B"}
     assert "stages.1.0.shortcut.conv.weight" in dict(net("resnet20").named_parameters())

@@ -7,6 +7,7 @@ from sam_common import FACTORIES, WITHOUT_MOMENTUM, make_data, make_net, same, s
 from torch import nn
 
 from s2sam import S2SAM
+from s2sam.sam.displacement import SCALES, choose_, copy_unless_
 
 NAMES = ("sgd", "sgd-foreach", "sgd-fused", "adamw", "adamw-fused", "nadam", "adafactor", "muon")
 RHO = 0.3
@@ -279,3 +280,38 @@ def test_zero_gradients_are_a_step_and_momentum_moves_on():
     w = snapshot(net)
     with sam.displaced():
         assert same(net.parameters(), w)  # there is no direction now: e = 0, not NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [1, 5, 21, 70])
+def test_predicated_moves_do_all_or_nothing(dtype, numel):
+    """They lean on a torch kernel, vectorised in some dtypes and not in others."""
+    g = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(numel, generator=g).to(dtype) for _ in range(2))
+    yes, no = torch.tensor(1.0), torch.tensor(0.0)
+    for flag, done in ((no, True), (yes, False)):
+        target, source = [w.clone()], [x.clone()]
+        copy_unless_(target, source, flag)
+        assert torch.equal(target[0], x if done else w) and torch.equal(source[0], x)
+    p, b = [w.clone()], [x.clone()]
+    choose_(p, b, b, torch.tensor(1e18), SCALES["norm"], yes, no)
+    assert torch.equal(p[0], x) and torch.equal(b[0], w)
+    p, b = [w.clone()], [x.clone()]
+    choose_(p, b, b, torch.tensor(0.5), SCALES["norm"], no, yes)
+    assert torch.equal(p[0], w + x * 0.5) and torch.equal(b[0], w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_skipped_fused_step_are_not_finite_afterwards(dtype):
+    """Whatever passes through them meanwhile, nobody can take them for gradients."""
+    w = nn.Parameter(torch.ones(40, dtype=dtype))
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9, fused=True)
+    sam = S2SAM(optimizer, rho=RHO)
+    for step in range(4):
+        with sam.displaced():
+            w.grad = torch.full_like(w, 0.5)
+        w.grad[3] = float("nan") if step == 2 else 0.5
+        sam.displace()
+        optimizer.step()
+        assert bool(torch.isfinite(w.grad).any()) is (step != 2)
+    assert sam.stats["skipped"] == 1

@@ -30,7 +30,8 @@ def train(
     net = make_net(seed=0 if ddp else rank).double()
     torch.random.default_generator.manual_seed(5 + rank)  # ranks disagree; rank 0's seed counts
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = attach(info, net, optimizer, generator=None)
+    mine = {"batches": [(x[rank::world], y[rank::world]) for x, y in make_batches(2)]}
+    sparsifier = attach(info, net, optimizer, generator=None, **(mine if info.load().needs_batches else {}))
     model = nn.parallel.DistributedDataParallel(net) if world > 1 and ddp else net
     path = [copy_masks(sparsifier)]
     for x, y in make_batches(STEPS, size=32):

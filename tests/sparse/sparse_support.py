@@ -58,15 +58,23 @@ def one_step(net: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor])
 def attach(
     info: MethodInfo, net: nn.Module, optimizer: Any, *, seed: int = 3, delta_t: int = 3, **kw: Any
 ) -> Sparsifier:
-    """`info`'s method on a short schedule: 60 steps, a change every `delta_t` if it changes masks at all."""
+    """`info`'s method on a short schedule: 60 steps, a change every `delta_t` if it changes masks at all.
+
+    Gradual pruning is at its target after 12 steps; of trainings that follow one another this is the last.
+    """
     options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
+    if info.name == "gmp":
+        options |= {"initial_sparsity": kw.get("sparsity", 0.7) / 2, "t_start": 0.0, "t_end": 0.2}
     if info.load().needs_batches:
-        kw |= {"batches": make_batches(2), "loss_fn": loss_fn}
-    return sparsify(
+        kw = {"batches": make_batches(2), "loss_fn": loss_fn} | kw
+    sparsifier = sparsify(
         net,
         optimizer,
         **{"method": info.name, "sparsity": 0.7, "total_steps": 60, "generator": generator(seed)} | options | kw,
     )
+    while kw.get("init", True) and sparsifier.next_level():
+        pass
+    return sparsifier
 
 
 def golden(mask: list[int], weights: list[float], method: str, **options: Any) -> tuple[nn.Linear, Any, Sparsifier]:

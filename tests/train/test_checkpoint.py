@@ -106,7 +106,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     first = trainer(CONFIG, tmp_path / "first")
     saved = first.state.state_dict()
     other = build(dataclasses.replace(CONFIG, lr=0.2))
-    with pytest.raises(ValueError, match=r"another run: its lr is 0\.1, not 0\.2"):
+    with pytest.raises(ValueError, match=r"another run: lr is 0\.1 there and 0\.2 here"):
         other.load_state_dict(saved)
     elsewhere = build(dataclasses.replace(CONFIG, out="elsewhere"))
     elsewhere.load_state_dict(saved)

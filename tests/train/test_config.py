@@ -91,7 +91,7 @@ def test_choices_agree_with_the_library():
     assert AUGMENTATIONS == augment.AUGMENTATIONS
     assert set(DIRECTIONS) <= set(single_step.DIRECTIONS)
     assert set(SCALES) == set(displacement.SCALES)
-    assert set(DISTRIBUTIONS) == {*budget.DISTRIBUTIONS, "global"}
+    assert set(DISTRIBUTIONS) == {*budget.DISTRIBUTIONS, "global", "auto"}
 
 
 def test_defaults_are_the_recipe_digits():

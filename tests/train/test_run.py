@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from s2sam import registry
 from s2sam.train import TrainConfig, load_config, loop, run
 from s2sam.train.checkpoint import load_checkpoint
-from s2sam.train.config import DataConfig, SamConfig, SparseConfig
+from s2sam.train.config import DataConfig, OptimConfig, SamConfig, SparseConfig
 from s2sam.train.state import build
 
 METHODS = ["dense", *(row.name for row in registry.list_methods())]
@@ -24,8 +24,9 @@ TINY = TrainConfig(
     epochs=2,
     data_options=DataConfig(train_size=320),
     sam=SamConfig(stats_every=2),
-    sparse=SparseConfig(options={"delta_t": 3}),
+    sparse=SparseConfig(options={"delta_t": 3, "rate": 0.6, "rounds": 5}),
 )
+LEVELS = {"lt": 4}  #: trainings in one run: sparsity 0, 0.6, 0.84, 0.9
 
 
 def records(folder, kind=None):
@@ -46,13 +47,16 @@ def test_every_arm_trains_into_a_whole_folder(tmp_path, method, sharpness):
     assert final == records(folder, "final")[0]
     assert records(folder)[-1] == final
     assert final["data_digest"] == env["data_digest"]
-    assert (final["n_steps"], final["train_images"], final["test_images"]) == (10, 320, 359)
+    before = 10 * (LEVELS.get(method, 1) - 1)
+    assert (final["n_steps"], final["train_images"], final["test_images"]) == (before + 10, 320, 359)
 
     epochs = records(folder, "epoch")
-    assert [(r["epoch"], r["step"]) for r in epochs] == [(1, 5), (2, 10)]
+    assert [(r["epoch"], r["step"]) for r in epochs] == [(1, before + 5), (2, before + 10)]
     assert all(0 <= r[k] <= 1 for r in epochs for k in ("train_top1", "val_top1", "test_top1"))
     assert final["test_top1"] == epochs[-1]["test_top1"]
-    assert final["best_val_top1"] == max(r["val_top1"] for r in epochs)
+    sparsest = [r["val_top1"] for r in epochs if r["sparsity"] > final["sparsity"] - 1e-3]
+    assert final["best_val_top1"] == max(sparsest)
+    assert len(sparsest) == (1 if method == "gmp" else 2)
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
     with open(folder / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -84,18 +88,41 @@ def test_topology_records_follow_the_masks(tmp_path, method):
     run(dataclasses.replace(TINY, method=method, sharpness="none", out=str(tmp_path / "run")))
     found = records(tmp_path / "run", "topology")
     assert (found[0]["step"], found[0]["survival"], found[0]["dropped"]) == (0, 1.0, 0)
-    assert found[0]["explored"] == pytest.approx(0.1, abs=1e-4)
+    assert found[0]["explored"] == pytest.approx(1.0 if method in ("gmp", "lt") else 0.1, abs=1e-4)
     steps = [r["step"] for r in found[1:]]
-    assert steps == {"set": [3, 6, 9], "rigl": [3, 6]}.get(method, [])  # RigL ends at 75 % of the steps
+    changes = {"set": [3, 6, 9], "rigl": [3, 6], "gmp": [3, 6, 8], "mest": [3, 6], "lt": [10, 20, 30]}
+    assert steps == changes.get(method, [])  # RigL, GMP and MEST end at 75 % of the steps, LT prunes after a training
     for before, after in itertools.pairwise(found):
+        if method in ("gmp", "lt"):
+            assert (after["dropped"] > 0, after["grown"]) == (True, 0)
+            assert all(after["density"][name] <= d for name, d in before["density"].items())
+            continue
         assert after["dropped"] == after["grown"] > 0
         assert after["density"] == before["density"]
         assert after["explored"] >= before["explored"]
-    if steps:
+    if method in ("set", "rigl"):
         active = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["active_parameters"]
         dense = 85_514 - sum(m.numel() for m in load_file(tmp_path / "run" / "masks.safetensors").values())
         assert found[1]["survival"] == pytest.approx(1 - found[1]["dropped"] / (active - dense))
         assert 0 < found[-1]["survival"] < 1
+
+
+def test_levels_of_lt_are_whole_trainings_from_the_same_weights(tmp_path):
+    optim = OptimConfig(ema=0.5)
+    run(dataclasses.replace(TINY, method="lt", sharpness="none", optim=optim, out=str(tmp_path / "lt")))
+    levels = records(tmp_path / "lt", "level")
+    assert [(r["level"], r["epoch"], r["step"]) for r in levels] == [
+        (0, 1, 5), (0, 2, 10), (1, 1, 15), (1, 2, 20), (2, 1, 25), (2, 2, 30),
+    ]  # fmt: skip
+    assert [r["sparsity"] for r in levels] == pytest.approx([0, 0, 0.6, 0.6, 0.84, 0.84], abs=1e-3)
+    epochs = levels + records(tmp_path / "lt", "epoch")
+    assert len({r["lr"] for r in epochs[::2]}) == len({r["lr"] for r in epochs[1::2]}) == 1
+    run(dataclasses.replace(TINY, method="dense", sharpness="none", optim=optim, out=str(tmp_path / "dense")))
+    dense = records(tmp_path / "dense", "epoch")
+    same = ("train_loss", "val_top1", "test_loss", "ema_test_top1")
+    assert [[r[key] for key in same] for r in levels[:2]] == [[r[key] for key in same] for r in dense]
+    with open(tmp_path / "lt" / "summary.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
 
 
 def test_step_records_show_the_realised_displacement(tmp_path):

@@ -14,7 +14,7 @@ from s2sam.train.atomic import atomic, write_text
 from s2sam.train.config import ScheduleConfig
 from s2sam.train.environment import environment
 from s2sam.train.evaluate import BATCH, Meter, evaluate
-from s2sam.train.loop import beats
+from s2sam.train.final import beats
 from s2sam.train.schedule import factor, make_scheduler
 from s2sam.train.seeding import PURPOSES, derive, generator
 from s2sam.train.state import choose_device
@@ -39,11 +39,12 @@ def test_generators_leave_the_global_state_alone():
 @given(total=st.integers(2, 500), warmup=st.integers(0, 100), final=st.floats(0, 1))
 def test_cosine_rises_in_warm_up_and_falls_to_final(total, warmup, final):
     warmup = min(warmup, total - 1)
-    values = [factor(t, total, warmup, "cosine", final) for t in range(total)]
+    config = ScheduleConfig(final=final)
+    values = [factor(t, total, warmup, config) for t in range(total)]
     assert values[:warmup] == sorted(values[:warmup])
     assert values[warmup:] == sorted(values[warmup:], reverse=True)
     assert values[warmup] == pytest.approx(1.0)
-    assert factor(total, total, warmup, "cosine", final) == pytest.approx(final, abs=1e-12)
+    assert factor(total, total, warmup, config) == pytest.approx(final, abs=1e-12)
     assert all(0 <= v <= 1 + 1e-12 for v in values)
 
 
@@ -61,6 +62,37 @@ def test_scheduler_sets_the_learning_rate_of_every_step():
     assert seen == pytest.approx(expected)
     constant = make_scheduler(optimizer, ScheduleConfig(name="constant"), total=8, steps_per_epoch=2)
     assert [constant.lr_lambdas[0](t) for t in (0, 7)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("total", [1, 2, 10, 37])
+@pytest.mark.parametrize(
+    ("config", "make"),
+    [
+        (ScheduleConfig(), lambda o, n: torch.optim.lr_scheduler.CosineAnnealingLR(o, n)),
+        (
+            ScheduleConfig(name="step", milestones=[0.5, 0.8], gamma=0.2),
+            lambda o, n: torch.optim.lr_scheduler.MultiStepLR(o, [round(0.5 * n), round(0.8 * n)], 0.2),
+        ),
+        (
+            ScheduleConfig(name="onecycle", rise=0.4),
+            lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, n, pct_start=0.4, cycle_momentum=False),
+        ),
+    ],
+    ids=["cosine", "step", "onecycle"],
+)
+def test_schedules_are_those_of_torch(config, make, total):
+    p = torch.nn.Parameter(torch.ones(1))
+    ours, theirs = (torch.optim.SGD([p], lr=1.0) for _ in range(2))
+    if (config.name, total) == ("onecycle", 1):
+        pytest.skip("torch's divides by zero")
+    mine, other = make_scheduler(ours, config, total, total), make(theirs, total)
+    for _ in range(total):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        mine.step()
+        if other.last_epoch < total - 1:
+            other.step()
 
 
 def test_meter_leaves_out_batches_that_are_not_finite():

@@ -1,15 +1,19 @@
-"""Multiply-accumulates of one forward pass, dense and at given densities.
+"""Multiply-accumulates of one forward pass, dense and at given densities, and of one training step.
 
     MACs_sparse = sum over weights l of density_l * MACs_l + (MACs without a weight)
 
 Each matrix product or convolution counts for the weight whose memory takes part in it, whatever module runs it; a
 weight used twice counts twice. Products of activations (attention scores) have no weight and stay dense. Element-wise
 work (BatchNorm, ReLU) is not counted, as in the tables of the sparse-training literature; 1 MAC = 2 FLOPs.
+
+A backward pass counts as two forwards, one for the gradient of the activations and one for that of the weights. A
+published "training FLOPs 0.25x" is :func:`training_flops` of the method over that of "dense".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from s2sam.sparse.names import unknown
+
 NO_WEIGHT = ""
+TRAINING_RULES = ("dense", "sparse", "dense_gradient", "rigl")
+GRADIENTS = {"none": 1, "s2sam": 1, "sam": 2}  #: forward and backward passes a step
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,81 @@ def inference_flops(
     first = next(iter(weights.values()), torch.empty(0))
     image = torch.zeros((1, *image_shape), device=first.device, dtype=first.dtype)
     return Flops(count_macs(model, image), dict(densities))
+
+
+def training_flops(
+    sparse: float, dense: float, *, rule: str = "sparse", delta_t: int | None = None, sharpness: str = "none"
+) -> float:
+    """Cost of one training step an image, mean over the steps, in the unit of its arguments.
+
+    With f_S = `sparse` and f_D = `dense`, the costs of a forward pass, DT = `delta_t`:
+
+        rule              none, s2sam                              sam (two gradients a step)
+        dense             3 f_D                                    6 f_D
+        sparse            3 f_S                                    6 f_S
+        dense_gradient    2 f_S + f_D                              5 f_S + f_D
+        rigl              (3 f_S DT + 2 f_S + f_D) / (DT + 1)      (6 f_S DT + 5 f_S + f_D) / (DT + 1)
+
+    "sparse" is every method that looks at active weights only: a static mask, SET, MEST; SNIP, GraSP and SynFlow after
+    their mask is made. "rigl" has a dense weight gradient at one step in DT + 1, "dense_gradient" at every step (SNFS).
+    All are linear in f_S: for a method whose density moves (GMP, GraNet), give the mean of f_S over the steps, see
+    :func:`mean_sparse`. As in the papers, the first layer's activation gradient counts too, and what is done element by
+    element counts nothing: masks, the optimizer, the displacements of S2-SAM and SAM. That RigL stops looking after
+    T_end is not counted either.
+
+    Source: Evci et al., Rigging the Lottery, 2020, appendix H. The column of SAM follows from it: its first pass has a
+    sparse gradient, its second the one that the method wants.
+
+    Raises:
+        ValueError: an unknown rule or sharpness, a cost below 0, f_S above f_D, or a delta_t missing or useless.
+
+    >>> training_flops(10, 100, rule="dense"), training_flops(10, 100), training_flops(10, 100, sharpness="sam")
+    (300.0, 30.0, 60.0)
+    >>> training_flops(10, 100, rule="rigl", delta_t=9)      # (30 * 9 + 20 + 100) / 10
+    39.0
+    """
+    if rule not in TRAINING_RULES:
+        raise unknown("training rule", rule, TRAINING_RULES)
+    if sharpness not in GRADIENTS:
+        raise unknown("sharpness", sharpness, GRADIENTS)
+    if not 0 <= sparse <= dense < math.inf:
+        raise ValueError(f"costs must be 0 <= sparse <= dense, got sparse={sparse!r} and dense={dense!r}")
+    if (rule == "rigl") != (delta_t is not None):
+        raise ValueError(f"rule 'rigl' needs delta_t and no other rule takes it, got {rule!r} with delta_t={delta_t!r}")
+    if delta_t is not None and (isinstance(delta_t, bool) or not isinstance(delta_t, int) or delta_t < 1):
+        raise ValueError(f"delta_t must be a whole number of at least 1, got {delta_t!r}")
+    if rule == "dense":
+        return float(GRADIENTS[sharpness] * 3 * dense)
+    usual = GRADIENTS[sharpness] * 3 * sparse
+    looking = usual - sparse + dense
+    if delta_t is None:
+        return float(usual if rule == "sparse" else looking)
+    return (usual * delta_t + looking) / (delta_t + 1)
+
+
+def mean_sparse(
+    macs: Mapping[str, int], topology: Sequence[tuple[int, Mapping[str, float]]], total_steps: int
+) -> float:
+    """f_S, mean over the steps of a run whose densities change: sum_t sum_l density_l(t) MACs_l / total_steps.
+
+    Args:
+        macs: of :func:`count_macs`.
+        topology: (step, densities by parameter name) whenever they changed, ascending, the first at step 0; densities
+            hold from their step to the next entry. A weight that is not named is dense.
+        total_steps: of the run.
+
+    Raises:
+        ValueError: no entry for step 0, steps out of order, or no steps.
+
+    >>> mean_sparse({"w": 100}, [(0, {"w": 1.0}), (30, {"w": 0.5})], total_steps=40)
+    87.5
+    """
+    steps = [step for step, _ in topology]
+    if not steps or steps[0] != 0 or steps != sorted(steps) or total_steps < max(steps[-1], 1):
+        raise ValueError(f"topology must begin at step 0 and ascend to at most {total_steps} steps, got {steps[:5]}")
+    ends = [*steps[1:], total_steps]
+    costs = [Flops(dict(macs), dict(densities)).sparse for _, densities in topology]
+    return sum((end - step) * cost for step, end, cost in zip(steps, ends, costs, strict=True)) / total_steps
 
 
 class _Attribute(TorchDispatchMode):  # type: ignore[no-untyped-call]

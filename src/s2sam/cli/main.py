@@ -22,7 +22,7 @@ from types import ModuleType
 from s2sam import __version__
 from s2sam.sparse.names import unknown
 
-VERBS = ("train", "list", "config", "report", "demo")
+VERBS = ("train", "eval", "list", "data", "config", "report", "demo", "doctor")
 USAGE = """usage: s2sam VERB [options]
 
 Sparse training that generalises, at the price of plain SGD.

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+
 HELP = "train one network into a run folder"
 
 
 def run(argv: list[str]) -> int:
-    """Parse the flags (see `s2sam.train.config`), train, and name the folder."""
-    from s2sam.train.config_files import dump, parse
+    """Parse the flags (see `s2sam.train.config`), train or go on training, and name the folder.
 
-    config, switches = parse(argv), {token.replace("_", "-") for token in argv}
-    if "--print-config" in switches:
+    Returns:
+        0; a run that SIGTERM ended exits with 143 after saving.
+    """
+    from s2sam.train.config_files import dump, parse_flags
+
+    config, switches = parse_flags(argv)
+    if switches["print_config"]:
         print(dump(config), end="")
         return 0
 
     from rich.console import Console
 
     from s2sam.train.loop import run as train
+    from s2sam.train.signals import Preempted
 
-    train(config, console=Console(), overwrite="--overwrite" in switches)
+    try:
+        train(config, console=Console(), overwrite=switches["overwrite"], resume=switches["resume"])
+    except Preempted:
+        print(f"s2sam: saved and ended by a signal; the same command goes on in {config.folder}", file=sys.stderr)
+        raise
     print(config.folder)
     return 0

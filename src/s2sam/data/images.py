@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
@@ -62,6 +63,21 @@ class ImageData:
             raise ValueError(f"a split is 'train', 'val' or 'test', got {name!r}")
         return getattr(self, f"{name}_x"), getattr(self, f"{name}_y")
 
+    def to(self, device: torch.device | str) -> ImageData:
+        """All tensors on `device`, once and for all, so that no batch waits for a transfer; the digest stays.
+
+        Cost: the bytes of all images there, 184 MB for CIFAR. What lies on the device already is not copied.
+
+        >>> data = ImageData.build("one", *[(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2))] * 3, "ab")
+        >>> data.to("meta").train_x.device, data.to("cpu").train_x is data.train_x
+        (device(type='meta'), True)
+        """
+        out = copy.copy(self)  # checked when it was made
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                object.__setattr__(out, field.name, value.to(device))
+        return out
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""
@@ -85,7 +101,8 @@ def check_images(images: Tensor, what: str) -> None:
     """Raise ValueError unless `images` is uint8 (N, C, H, W); NaN and infinity are named with their row first."""
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"{what} must have the shape (images, channels, height, width), got {tuple(images.shape)}")
-    refuse_rows(~torch.isfinite(images), what, "holds NaN or infinite pixels; remove or repair it")
+    if images.is_floating_point():
+        refuse_rows(~torch.isfinite(images), what, "holds NaN or infinite pixels; remove or repair it")
     if images.dtype != torch.uint8:
         raise ValueError(f"{what} must be uint8 in 0..255, got {str(images.dtype).removeprefix('torch.')}")
 
@@ -99,9 +116,11 @@ def refuse_rows(bad: Tensor, what: str, why: str) -> None:
 
 def check_labels(labels: Tensor, count: int, classes: int, what: str) -> None:
     """Raise ValueError unless `labels` is int64 (count,) in [0, classes); the first bad row is named."""
-    if labels.dtype != torch.int64 or labels.shape != (count,):
+    if labels.dtype != torch.int64 or labels.ndim != 1:
         kind = str(labels.dtype).removeprefix("torch.")
         raise ValueError(f"{what} must be int64 of shape ({count},), got {kind} of shape {tuple(labels.shape)}")
+    if len(labels) != count:
+        raise ValueError(f"{what} must hold one label an image, but there are {count} images and {len(labels)} labels")
     bad = (labels < 0) | (labels >= classes)
     if bool(bad.any()):
         first = int(labels[bad][0])

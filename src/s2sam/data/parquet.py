@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2sam.data.decode import decode_images
+from s2sam.data.decode import check_resize, decode_images, resize_note
 from s2sam.data.images import ImageData, check_labels, numbered_classes
 from s2sam.data.splits import train_val_split
 
@@ -39,10 +39,18 @@ class Split:
     names: tuple[str, ...] | None
 
 
-def load(spec: str | Path, *, train_size: int | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
+def load(
+    spec: str | Path,
+    *,
+    train_size: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    resize: int | None = None,
+) -> ImageData:
     """The folder `spec` as RGB images of one size; test.parquet is the test set, else validation.parquet.
 
     Validation images are always taken from the training file (see :func:`s2sam.data.splits.train_val_split`).
+    `resize`: the centre square of each image is scaled to this side; None = images must have one size.
     Cost: 60,000 JPEGs of 32x32 decode in some seconds; memory = the files + C*H*W bytes an image.
 
     Raises:
@@ -50,6 +58,7 @@ def load(spec: str | Path, *, train_size: int | None = None, val_fraction: float
             label is not one of the classes.
     """
     folder = Path(spec)
+    check_resize(resize)
     train_files = split_files(folder, "train")
     test_name = "test" if split_files(folder, "test") else "validation"
     test_files = split_files(folder, test_name)
@@ -65,9 +74,8 @@ def load(spec: str | Path, *, train_size: int | None = None, val_fraction: float
         train.labels, len(classes), train_size=train_size, val_fraction=val_fraction, seed=seed
     )
     rows = torch.cat([train_rows, val_rows])
-    x = decode_images(train.encoded, rows.tolist(), train.where)
-    size = (x.shape[2], x.shape[3])
-    test_x = decode_images(test.encoded, range(len(test.labels)), test.where, size=size)
+    x = _decode(train, rows.tolist(), None, resize)
+    test_x = _decode(test, range(len(test.labels)), (x.shape[2], x.shape[3]), resize)
     n = len(train_rows)
     return ImageData.build(
         folder.resolve().name,
@@ -75,7 +83,7 @@ def load(spec: str | Path, *, train_size: int | None = None, val_fraction: float
         (x[n:], train.labels[val_rows]),
         (test_x, test.labels),
         classes,
-        f"test images from {test_name}" + _encoding_note(train.encoded),
+        f"test images from {test_name}" + resize_note(resize) + _encoding_note(train.encoded),
     )
 
 
@@ -129,6 +137,14 @@ def read_split(files: Sequence[Path]) -> Split:
     labels = torch.from_numpy(np.array(table.column("label").to_numpy()))
     encoded = pa.chunked_array([chunk.field("bytes") for chunk in table.column("image").chunks])
     return Split(where, encoded, labels, _metadata_names(schema, label, files[-1]))
+
+
+def _decode(split: Split, rows: Sequence[int], size: tuple[int, int] | None, resize: int | None) -> Tensor:
+    """The images `rows` of a split."""
+    flat = split.encoded.combine_chunks()
+    return decode_images(
+        len(rows), lambda i: flat[rows[i]].as_py(), lambda i: f"{split.where} row {rows[i]}", size=size, resize=resize
+    )
 
 
 def class_names(train: Split, test: Split) -> tuple[str, ...]:

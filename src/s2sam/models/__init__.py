@@ -35,6 +35,12 @@ MODELS: tuple[registry.ModelInfo, ...] = (
         )
         for depth in (20, 32, 56)
     ),
+    registry.ModelInfo(
+        "vgg19",
+        "s2sam.models.vgg:vgg19",
+        "Simonyan and Zisserman, Very Deep Convolutional Networks, ICLR 2015; one linear layer as in GraSP, ICLR 2020",
+        "VGG-19 with BatchNorm and one linear layer for 32x32 images, 64 to 512 channels x width",
+    ),
 )
 
 

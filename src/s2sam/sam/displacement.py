@@ -83,17 +83,21 @@ def displace_(p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scal
 
 
 def choose_(
-    p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale, twin: Tensor, ratio: float = 1.0
+    p: list[Tensor],
+    b: list[Tensor],
+    d: list[Tensor],
+    c: Tensor,
+    scale: Scale,
+    twin: Tensor,
+    fresh: Tensor,
+    ratio: float = 1.0,
 ) -> None:
     """:func:`displace_` where `twin` is 0; where it is 1, p: w -> w + ratio (x - w) and b: x -> w.
 
-    It does not ask the host which. With ratio = 1 the second case is :func:`swap_`.
+    `fresh` is 1 - twin. It does not ask the host which; with ratio = 1 the second case is :func:`swap_`. Cost: as
+    displace_, if twin is 0.
     """
-    fresh = 1 - twin
-    kept, share = twin, fresh
-    if ratio != 1:
-        kept = twin.to(c.dtype) * ratio
-        share = 1 - kept
+    kept = twin if ratio == 1 else twin.to(c.dtype) * ratio
     for w, keep, direction in pieces(p, b, d):
         if scale.power == 0:
             e = torch._foreach_mul(direction, torch.addcmul(kept, c, fresh))
@@ -101,8 +105,10 @@ def choose_(
             e = torch._foreach_mul(scale.shaped(direction, w), c * fresh)
             torch._foreach_add_(e, torch._foreach_mul(keep, kept))
         torch._foreach_copy_(keep, w)
-        torch._foreach_mul_(w, share)
         torch._foreach_add_(w, e)
+        if ratio != 1:
+            e = torch._foreach_add(e, torch._foreach_mul(keep, 1 - ratio))
+        copy_unless_(w, list(e), fresh)
 
 
 def restore_(p: list[Tensor], b: list[Tensor]) -> None:
@@ -118,13 +124,36 @@ def swap_(p: list[Tensor], b: list[Tensor]) -> None:
         torch._foreach_copy_(other, scratch)
 
 
-def copy_unless_(b: list[Tensor], g: list[Tensor], found_inf: Tensor) -> None:
-    """b <- g where `found_inf` is 0, nothing where it is 1, without asking the host.
+def reopen_(p: list[Tensor], b: list[Tensor], ratio: float) -> None:
+    """p: w -> w + ratio (x - w); b: x -> w."""
+    for w, keep in pieces(p, b):
+        e = torch._foreach_mul(torch._foreach_sub(keep, w), ratio)
+        torch._foreach_copy_(keep, w)
+        torch._foreach_add_(w, e)
 
-    torch's fused SGD kernel does this in one pass: in its first step with momentum it *sets* the momentum buffer to the
-    gradient, unless `found_inf`. Here the buffer is b, and the parameters it would move (by lr = 0) are the gradients.
+
+def copy_unless_(b: list[Tensor], g: list[Tensor], flag: Tensor) -> None:
+    """b <- g where `flag` is 0, nothing where it is 1, without asking the host. Cost: 16 bytes, or none.
+
+    torch's fused SGD kernel does nothing at all, and reads nothing but the flag, if `found_inf` is 1; and in its
+    first step with momentum it *sets* the momentum buffer to the gradient. The parameters it moves are g, by lr = 0.
     """
-    torch._fused_sgd_(
-        g, g, b, weight_decay=0.0, momentum=1.0, lr=0.0, dampening=0.0, nesterov=False, maximize=False,
-        is_first_step=True, grad_scale=None, found_inf=found_inf,
-    )  # fmt: skip
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}  # the kernel takes one device and dtype
+    for i, t in enumerate(g):
+        kinds.setdefault((t.device, t.dtype), []).append(i)
+    for (device, _), chosen in kinds.items():
+        part = [g[i] for i in chosen]
+        torch._fused_sgd_(
+            part,
+            part,
+            [b[i] for i in chosen],
+            weight_decay=0.0,
+            momentum=1.0,
+            lr=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=True,
+            grad_scale=None,
+            found_inf=flag.to(device),
+        )

@@ -70,7 +70,9 @@ def _save_clean(owner: WindowOwner, module: nn.Module, state: dict[str, Any], pr
     displaced = owner._displaced()
     if displaced:
         for key, value in state.items():
-            p, w = displaced.get(value.data_ptr() if torch.is_tensor(value) else 0, (None, None))
+            if not torch.is_tensor(value):
+                continue
+            p, w = displaced.get(value.data_ptr(), (None, None))
             # keep_vars=True asks for the parameter itself
             if p is not None and w is not None and value is not p and key.startswith(prefix) and value.shape == p.shape:
                 state[key] = w.detach().clone()

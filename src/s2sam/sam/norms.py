@@ -64,7 +64,9 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
 
     Cost: one read of the tensors, three calls for a list of one dtype and device.
     """
-    norms = [n for part in by_kind(tensors) for n in torch._foreach_norm(part, math.inf)]
+    norms = [n for part in by_kind(t for t in tensors if t.numel()) for n in torch._foreach_norm(part, math.inf)]
+    if not norms:
+        return torch.zeros(())
     if len({(n.device, n.dtype) for n in norms}) > 1:
         norms = [n.to(norms[0].device, torch.float64) for n in norms]
     return torch.stack(norms).max()
@@ -77,7 +79,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         >>> all_finite([torch.tensor([1e30])]), all_finite([torch.ones(2), torch.tensor([float("nan")])])
         (True, False)
     """
-    return not tensors or math.isfinite(float(largest(tensors)))
+    return math.isfinite(float(largest(tensors)))
 
 
 def widen(t: Tensor) -> Tensor:

@@ -94,7 +94,10 @@ class ReferenceS2SAM:
             for w, g in zip(self._w, masked, strict=True):
                 w.grad = g
             self.optimizer.step()
-            self.gradients = masked
+            self.gradients = [  # no gradient this time: no displacement, as for a gradient of 0
+                torch.zeros_like(old) if g is None and old is not None else g
+                for g, old in zip(masked, self.gradients, strict=True)
+            ]
             self._mask()
         self.steps += 1
 

@@ -27,7 +27,7 @@ from s2sam.sam.displacement import SCALES
 from s2sam.sam.looks import Looks
 from s2sam.sam.model_hooks import check_models, hook_models
 from s2sam.sam.norms import all_finite, largest, total_norm
-from s2sam.sam.slot import KEY, STEP, TWINS, Block, Slot
+from s2sam.sam.slot import KEY, STEP, TWINS, Block, Flag, Slot
 from s2sam.sam.stats import Stats
 
 DIRECTIONS = ("gradient", "momentum")
@@ -77,7 +77,7 @@ class S2SAM:
             calls closures repeatedly, or it shares no parameter with the model.
         RuntimeError: see on_clean_grad; or the window would open while a backward runs (reentrant checkpointing).
 
-    Cost: one gradient a step, one buffer per parameter, at most 52 bytes of traffic per fp32 parameter and step.
+    Cost: one gradient a step, one buffer per parameter, 52 bytes of traffic per fp32 parameter and step.
 
     Source: Ji et al., NeurIPS 2024 (S2-SAM). Their code (jjsrf/SSAM-NEURIPS2024:sam.py) never perturbs on torch >= 2.
 
@@ -188,7 +188,8 @@ class S2SAM:
             norms = [self.scale.direction_norm(block.d, block.p) for block in new]
             if len(new) > 1:
                 norms = [
-                    n if block.twin is False else n * (1 - block.twin) for n, block in zip(norms, new, strict=True)
+                    n * block.twin.clear if isinstance(block.twin, Flag) else n
+                    for n, block in zip(norms, new, strict=True)
                 ]
             d_norm = norms[0] if len(new) == 1 else total_norm(norms, floor=True)
             w_norm = total_norm([p for block in new for p in block.p]) if self.scale.relative else None
@@ -292,7 +293,9 @@ class S2SAM:
             return
         new = any(p.grad is not None and slot.buffer(p) is None for p in slot.parameters())
         if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not new:
-            found = (largest(gradients) * 0).nan_to_num_(1.0).float()
+            zero = largest(gradients) * 0  # or NaN
+            found = zero.nan_to_num(1.0).float()
+            slot.poison = zero if context.found_inf is None else None
             context.found_inf = found if context.found_inf is None else torch.maximum(context.found_inf, found)
             self._stats.count_skips(context.found_inf)
         elif not all_finite(gradients):
@@ -303,13 +306,17 @@ class S2SAM:
         self._looks.end()
         if self._stats.due(slot.step):
             self._stats.at_step(slot, context, self.sign)
+        slot.flag = None if context.skip or context.found_inf is None else Flag(context.found_inf, slot.poison)
+        slot.poison = None
         for other in self._slots:
-            if other.open:
-                other.restore(keep=other is not slot or context.skip or context.found_inf is not None)
+            if other.open and other is slot:
+                slot.restore(keep=context.skip or slot.flag is not None, flag=slot.flag)
+            elif other.open:
+                other.restore(keep=True)
 
     def _store(self, slot: Slot, context: StepContext) -> None:
         if not context.skip:
-            slot.store(found_inf=context.found_inf, may_create=not context.replace)
+            slot.store(flag=slot.flag, may_create=not context.replace)
         slot.end_step()
 
     def _before_load(self, slot: Slot) -> None:

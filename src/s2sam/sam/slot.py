@@ -11,12 +11,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from s2sam.hooks import check_number
-from s2sam.sam.displacement import Scale, choose_, copy_unless_, displace_, restore_, swap_
-from s2sam.sam.norms import constant, real
+from s2sam.sam.displacement import Scale, choose_, copy_unless_, displace_, reopen_, restore_, swap_
+from s2sam.sam.norms import by_kind, constant, real
 
 KEY = "s2sam_buffer"  #: name of the buffer b in optimizer.state[p]
 STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds besides
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+
+
+class Flag:
+    """A skipped step (1) or not (0), as a 0-dim float on the device; its opposite; and not finite (or 0)."""
+
+    def __init__(self, found_inf: Tensor, poison: Tensor | None = None) -> None:
+        self.set, self.clear = found_inf, 1 - found_inf
+        self._poison = poison
+
+    @property
+    def poison(self) -> Tensor:
+        """A number that makes what it is added to not finite if the step was skipped, and changes nothing else."""
+        return self.set / self.clear if self._poison is None else self._poison
 
 
 @dataclass
@@ -26,7 +39,7 @@ class Twin:
     rho: float
     c: Tensor | None
     version: int | None  #: of the weights it belongs to; None = loaded, and the weights may be loaded after it
-    flag: Tensor | None = None  #: it does so if this is 1; None = it does
+    flag: Flag | None = None  #: it does so if this says so; None = it does
 
 
 @dataclass
@@ -37,7 +50,7 @@ class Block:
     """
 
     rho: float
-    twin: bool | Tensor = False
+    twin: bool | Flag = False
     ratio: float = 1.0
     c: Tensor | None = None
     p: list[Tensor] = field(default_factory=list)
@@ -71,6 +84,9 @@ class Slot:
         self.blocks: list[Block] = []  #: what is displaced while open
         self.twins: dict[int, Twin] = {}  #: by id of the parameter
         self.spent: list[Tensor] = []  #: buffers whose direction was used up by a step that has not ended
+        self._carried: list[Tensor] = []  #: parameters whose x may be in their gradient just now
+        self.flag: Flag | None = None  #: of the step under way
+        self.poison: Tensor | None = None  #: for that flag, if it is known already
         self._companion: object = None  #: the loading of weights that belongs to twins from a checkpoint
 
     @property
@@ -114,6 +130,7 @@ class Slot:
             for p in group["params"] if rho > 0 else ():
                 b = self.buffer(p)
                 if b is None:
+                    self.twins.pop(id(p), None)  # somebody cleared the state
                     continue
                 twin = self.twins.get(id(p))
                 if twin is not None and twin.version not in (None, p._version):
@@ -143,23 +160,41 @@ class Slot:
                 displace_(block.p, block.b, block.d, block.c, scale)
             elif block.twin is True and block.ratio == 1:
                 swap_(block.p, block.b)
-            elif block.twin is True:
-                one = constant(1.0, block.p[0].device, real(block.p[0]))
-                choose_(block.p, block.b, block.d, one, scale, one, block.ratio)
+            elif block.twin is True and block.p[0].is_complex():
+                reopen_(block.p, block.b, block.ratio)
+                block.c = None if block.c is None else block.c * block.ratio
+            elif block.twin is True:  # the same arithmetic as where only the device knows, so that resuming is exact
+                c, one, zero = (constant(v, block.p[0].device, torch.float32) for v in (0.0, 1.0, 0.0))
+                choose_(block.p, block.b, block.d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             else:
-                choose_(block.p, block.b, block.d, coefficients[id(block)], scale, block.twin, block.ratio)
+                c, flag = coefficients[id(block)], block.twin
+                choose_(block.p, block.b, block.d, c, scale, flag.set, flag.clear, block.ratio)
                 block.c = None
             for p in block.p:
                 self.twins.pop(id(p), None)
         self.blocks, self.open = blocks, True
 
     @torch.no_grad()
-    def restore(self, *, keep: bool) -> None:
-        """Close the window: x -> w. With `keep`, buffers keep x, so that the next window opens at the same x."""
+    def restore(self, *, keep: bool, flag: Flag | None = None) -> None:
+        """Close the window: x -> w.
+
+        With `keep`, buffers keep x, so that the next window opens at the same x. With `flag` as well, only the device
+        knows whether that is needed: x goes into the gradients, worthless if it is, and comes back in :meth:`store`.
+        """
         for block in self.blocks:
             if keep and block.own:
-                swap_(block.p, block.b)
+                through = [p.grad is not None and flag is not None for p in block.p]
+                self._carried += [p for p, t in zip(block.p, through, strict=True) if t]
+                for carry in (True, False):
+                    chosen = [(p, b) for p, b, t in zip(block.p, block.b, through, strict=True) if t is carry]
+                    ps, bs = [p for p, _ in chosen], [b for _, b in chosen]
+                    if carry and ps and flag is not None:
+                        copy_unless_([p.grad for p in ps if p.grad is not None], ps, flag.clear)
+                        restore_(ps, bs)
+                        self.spent += bs
+                    elif ps:
+                        swap_(ps, bs)
                 self.twins.update((id(p), Twin(block.rho, block.c, p._version)) for p in block.p)
             else:
                 restore_(block.p, block.b)
@@ -176,9 +211,12 @@ class Slot:
             swap_([p.data for p in block.p], block.b)
 
     @torch.no_grad()
-    def store(self, *, found_inf: Tensor | None, may_create: bool) -> None:
-        """After the base step: b <- gradient (0 where there is none), or nothing where `found_inf` is 1."""
-        buffers, gradients, gone = [], [], []
+    def store(self, *, flag: Flag | None, may_create: bool) -> None:
+        """After the base step: b <- gradient (0 where there is none), or b stays what it was where `flag` is set."""
+        carried = {id(p) for p in self._carried}
+        plain: list[tuple[Tensor, Tensor]] = []
+        conditional: list[tuple[Tensor, Tensor]] = []
+        gone = []
         for p in self.parameters():
             b = self.buffer(p)
             if p.grad is None:
@@ -189,29 +227,30 @@ class Slot:
                 if not may_create and not self.optimizer.state.get(p):
                     continue  # the base optimizer sets up its state when this is still empty
                 b = self.optimizer.state[p][KEY] = torch.zeros_like(p, requires_grad=False)
-            buffers.append(b)
-            gradients.append(p.grad)
-        self.spent = []
-        if found_inf is None:
+            (plain if flag is None or id(p) in carried else conditional).append((b, p.grad))
+        self.spent, self._carried = [], []
+        if flag is None:
             self.twins.clear()
         if self.momentum:
             return
-        if found_inf is None:
-            if gone:
-                torch._foreach_zero_(gone)
-            if buffers:
-                torch._foreach_copy_(buffers, gradients)
-        else:
-            for gone_there in gone:
-                gone_there.mul_(found_inf.to(gone_there.device))
-            if buffers:
-                copy_unless_(buffers, gradients, found_inf)
-            flags: dict[int, Tensor] = {}
+        if plain:
+            torch._foreach_copy_([b for b, _ in plain], [g for _, g in plain])
+        if gone and flag is None:
+            torch._foreach_zero_(gone)
+        if flag is not None:
+            for b in gone:
+                b.mul_(flag.set.to(b.device))
+            if conditional:
+                copy_unless_([b for b, _ in conditional], [g for _, g in conditional], flag.set)
+            if plain:  # what passed through the gradients was x if the step was skipped: let nobody take it for one
+                for part in by_kind(g for _, g in plain):
+                    torch.ops.aten._foreach_add_.Tensor(part, flag.poison.to(part[0].device))  # no host read
+            joined: dict[int, Flag] = {}
             for twin in self.twins.values():
-                old = id(twin.flag)
-                if old not in flags:
-                    flags[old] = found_inf if twin.flag is None else twin.flag * found_inf
-                twin.flag = flags[old]
+                old = twin.flag
+                if id(old) not in joined:
+                    joined[id(old)] = flag if old is None else Flag(old.set * flag.set)
+                twin.flag = joined[id(old)]
 
     def end_step(self) -> None:
         """Count the step; what twins there are belong to the weights as they are now."""
@@ -226,13 +265,15 @@ class Slot:
         """A step that raised has left w, not a direction, in these buffers: there is no direction."""
         if self.spent:
             torch._foreach_zero_(self.spent)
-            self.spent = []
+            for p in self._carried:
+                self.twins.pop(id(p), None)
+            self.spent, self._carried = [], []
 
     @torch.no_grad()
     def _drop(self, p: Tensor) -> None:
         twin, b = self.twins.pop(id(p)), self.buffer(p)
         if b is not None:
-            b.mul_(0 if twin.flag is None else 1 - twin.flag)
+            b.mul_(0 if twin.flag is None else twin.flag.clear)
 
     # Checkpoints
 
@@ -252,7 +293,7 @@ class Slot:
     def save(self, state_dict: dict[str, Any], *, peeking: bool) -> None:
         """Put what opens the window again at the same x, as copies, into a state_dict just made."""
         self.forget_spent()
-        twins = {i: t for i, t in self.twins.items() if t.flag is None or bool(t.flag)}
+        twins = {i: t for i, t in self.twins.items() if t.flag is None or bool(t.flag.set)}
         x = {id(p): b if peeking else p for k in self.blocks if k.own for p, b in zip(k.p, k.b, strict=True)}
         twins |= {id(p): Twin(block.rho, block.c, 0) for block in self.blocks if block.own for p in block.p}
         saved = []

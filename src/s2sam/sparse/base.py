@@ -12,7 +12,7 @@ differs:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 
 from s2sam.hooks import check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
-from s2sam.sparse.budget import Distribution, counts
+from s2sam.sparse.budget import Distribution, counts, descend
 from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.names import unknown
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import Patterns, discover, in_optimizers
 from s2sam.sparse.report import Report, make_report
-from s2sam.sparse.topk import global_topk, topk_mask
+from s2sam.sparse.topk import choose
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Sparsifier:
         model: whose weights become sparse; compiled and DDP-wrapped models count as the module inside.
         optimizer: a torch optimizer of any kind, or several; weights that none of them holds stay dense.
         sparsity: the share of all prunable weights that is 0.
-        distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity}, or
-            "global", by the initial scores over all layers together.
+        distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity},
+            "global", by the initial scores over all layers together, or "auto", what the method's authors do: "global"
+            for methods that score weights across layers, else "erk".
         power_scale: exponent of "erk".
         total_steps: calls of `optimizer.step()` in the whole training, for methods with a schedule.
         batches, loss_fn: data and loss, for methods that score weights with them.
@@ -71,8 +72,9 @@ class Sparsifier:
     method: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions
     placement: ClassVar[Literal["after", "replace"]] = "after"
-    dense_state: ClassVar[bool] = False  #: the optimizer state of pruned weights is left to the method
+    dense_state: bool = False  #: the optimizer state of pruned weights is left to the method
     needs_batches: ClassVar[bool] = False
+    default_distribution: ClassVar[str] = "erk"  #: what distribution="auto" means
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class Sparsifier:
         optimizer: Optimizer | Iterable[Optimizer],
         *,
         sparsity: float,
-        distribution: Distribution = "erk",
+        distribution: Distribution = "auto",
         power_scale: float = 1.0,
         total_steps: int | None = None,
         batches: Iterable[Any] | None = None,
@@ -98,12 +100,15 @@ class Sparsifier:
             warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
         if generator is not None and generator.device.type != "cpu":
             raise ValueError("generator must be a CPU torch.Generator, so that every device and rank draws the same")
+        self.final_sparsity, self.power_scale = sparsity, power_scale
+        self.distribution: Distribution = self.default_distribution if distribution == "auto" else distribution
+        self.level = self.levels = 0  #: of trainings that follow one another: this one's number, and the last one's
         self.frozen = False
         self.last_update: UpdateInfo | None = None
         self.updates = 0  #: changes of the topology so far
         self._initial: dict[str, Tensor] = {}  # masks at the first step, and the union of all since; kept
         self._explored: dict[str, Tensor] = {}  # from the first change on
-        optimizers = check_optimizers(optimizer)
+        self.optimizers = optimizers = check_optimizers(optimizer)
         for one in optimizers:
             step_hooks(one)
         self.entries = in_optimizers(discover(model, include, exclude), optimizers)
@@ -113,7 +118,7 @@ class Sparsifier:
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
         self._ready, self._unchecked = init, True
         if init:
-            self._set_masks(self.initial_masks(model, sparsity, distribution, power_scale))
+            self._set_masks(self.initial_masks(model, sparsity, self.distribution, power_scale))
             self.apply()
         for part in self.parts:
             part.attach()
@@ -135,6 +140,10 @@ class Sparsifier:
         """New masks of the part's layers that change, after its step `t`. Gradients are in `weight.grad`."""
         raise NotImplementedError(f"{type(self).__name__} is due to change its masks but does not say how")
 
+    def target_sparsity(self, t: int) -> float:
+        """The sparsity that the method means to have after step `t`; :meth:`sparsity` measures the one there is."""
+        return self.final_sparsity
+
     def extra_state(self) -> dict[str, Any]:
         """More to save: tensors, numbers, strings and containers of them."""
         return {}
@@ -145,13 +154,28 @@ class Sparsifier:
     def initial_masks(
         self, model: nn.Module, sparsity: float, distribution: Distribution, power_scale: float
     ) -> dict[str, Tensor]:
-        """The masks at the start: top :meth:`initial_scores` within the budget."""
+        """The masks at the start: top :meth:`initial_scores` within the :meth:`budget`."""
+        budget = self.budget(sparsity, distribution, power_scale)
+        return choose(self.initial_scores(model), budget, at_least=self.min_per_layer)
+
+    def budget(self, sparsity: float, distribution: Distribution, power_scale: float = 1.0) -> int | dict[str, int]:
+        """How many weights to keep: in all together for "global", else in each layer."""
         shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
         if distribution == "global":
-            total = sum(counts(shapes, sparsity, "uniform").values())
-            return global_topk(self.initial_scores(model), total, at_least=1)
-        budget = counts(shapes, sparsity, distribution, power_scale=power_scale)
-        return {name: topk_mask(s, budget[name]) for name, s in self.initial_scores(model).items()}
+            return sum(counts(shapes, sparsity, "uniform").values())
+        return counts(shapes, sparsity, distribution, power_scale=power_scale)
+
+    def budgets(self, sparsities: Sequence[float]) -> list[int | dict[str, int]]:
+        """How many weights to keep at rising sparsities, the last of which is the target: no layer ever gains one."""
+        if self.distribution == "global":
+            return [self.budget(s, "global") for s in sparsities]
+        shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
+        return list(descend(shapes, sparsities, self.distribution, power_scale=self.power_scale))
+
+    @property
+    def min_per_layer(self) -> int:
+        """How many weights a "global" choice leaves each layer at least."""
+        return 1
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 
@@ -221,6 +245,14 @@ class Sparsifier:
     def freeze(self) -> None:
         """Stop changing the topology; the masks stay in force."""
         self.frozen = True
+
+    def next_level(self) -> bool:
+        """After a whole training: prepare the next one of a method that trains several times; False = it was the last.
+
+        Only the lottery ticket (`s2sam.sparse.methods.lt`) trains more than once. Where it says True, start over with
+        a fresh learning rate schedule and a fresh order of the data.
+        """
+        return False
 
     def remove(self) -> None:
         """Take all hooks away; the weights stay as sparse as they are, and nothing keeps them so any longer."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from s2sam.sparse.names import select, unknown
 
@@ -48,7 +49,7 @@ def densities(
     if not isinstance(distribution, str):
         return _with_fixed(shapes, sizes, sparsity, _fixed(shapes, distribution), power_scale)
     if distribution not in DISTRIBUTIONS:
-        raise unknown("distribution", distribution, (*DISTRIBUTIONS, "global"))
+        raise unknown("distribution", distribution, ("auto", *DISTRIBUTIONS, "global"))
     if distribution == "er":
         raw = {name: _er(shape) for name, shape in shapes.items()}
         return _water_fill(raw, sizes, (1 - sparsity) * sum(sizes.values()))
@@ -89,6 +90,50 @@ def counts(
     if free:
         kept |= _largest_remainder({name: target[name] * sizes[name] for name in free}, free, total)
     return {name: kept[name] for name in shapes}
+
+
+def descend(
+    shapes: Shapes, sparsities: Sequence[float], distribution: Distribution = "erk", *, power_scale: float = 1.0
+) -> list[dict[str, int]]:
+    """Counts at rising sparsities, the last of which is the target and gets exactly its own :func:`counts`.
+
+    s_l(t) = s_l s(t) / s     every layer's own target on one common schedule, as google-research/jaxpruner has it
+
+    Rounded by largest remainder, so that the total is that of :func:`counts` at s(t), and no layer ever gains a weight:
+    masks of these sizes can be nested. Fixed layers go along; layers that stay dense do.
+
+    >>> descend({"a": (4, 5), "b": (7, 5)}, [0.0, 0.3, 0.5], "uniform")
+    [{'a': 20, 'b': 35}, {'a': 14, 'b': 24}, {'a': 10, 'b': 18}]
+
+    Raises:
+        ValueError: as :func:`counts` at the target, or the sparsities fall.
+    """
+    if not sparsities or any(b < a for a, b in pairwise(sparsities)):
+        raise ValueError(f"the sparsities must rise to the target, got {list(sparsities)}")
+    last = sparsities[-1]
+    final = counts(shapes, last, distribution, power_scale=power_scale)
+    sizes = ceiling = _sizes(shapes, last)
+    outside = sum(sizes[name] for name in _dense(shapes, distribution)) if isinstance(distribution, str) else 0
+    path = []
+    for s in sparsities:
+        share = s / last if last else 1.0
+        total = outside + round((1 - s) * (sum(sizes.values()) - outside))
+        total = min(max(total, sum(final.values())), sum(ceiling.values()))
+        if s < last:
+            ideal = {name: n - (n - final[name]) * share for name, n in sizes.items()}
+            ceiling = _largest_remainder(ideal, ceiling, total, final)
+        path.append(dict(ceiling if s < last else final))
+    return path
+
+
+def thin(kept: Mapping[str, int], share: float) -> dict[str, int]:
+    """About `share` of each layer's weights, at least 1, of all together exactly round(share * sum).
+
+    >>> thin({"a": 10, "b": 18, "c": 1}, 0.8)
+    {'a': 8, 'b': 14, 'c': 1}
+    """
+    total = max(len(kept), round(share * sum(kept.values())))
+    return _largest_remainder({name: share * n for name, n in kept.items()}, kept, total)
 
 
 def _sizes(shapes: Shapes, sparsity: float) -> dict[str, int]:
@@ -158,9 +203,12 @@ def _water_fill(raw: Mapping[str, float], sizes: Mapping[str, int], budget: floa
     return dict.fromkeys(raw, 1.0)
 
 
-def _largest_remainder(ideal: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Whole numbers near `ideal`, between 1 and the sizes, that sum to `total`; the earlier of equal layers gains."""
-    kept = {name: min(sizes[name], max(1, math.floor(x + 1e-9))) for name, x in ideal.items()}
+def _largest_remainder(
+    ideal: Mapping[str, float], sizes: Mapping[str, int], total: int, least: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Whole numbers near `ideal`, from `least` (1) to the sizes, that sum to `total`; the earlier of equals gains."""
+    low = dict.fromkeys(ideal, 1) if least is None else least
+    kept = {name: min(sizes[name], max(low[name], math.floor(x + 1e-9))) for name, x in ideal.items()}
     missing = total - sum(kept.values())
     step = 1 if missing > 0 else -1
     order = {name: i for i, name in enumerate(ideal)}
@@ -168,7 +216,7 @@ def _largest_remainder(ideal: Mapping[str, float], sizes: Mapping[str, int], tot
     heapq.heapify(heap)
     while missing:
         _, _, name = heapq.heappop(heap)
-        if not 1 <= kept[name] + step <= sizes[name]:
+        if not low[name] <= kept[name] + step <= sizes[name]:
             continue
         kept[name] += step
         missing -= step

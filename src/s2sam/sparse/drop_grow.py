@@ -19,6 +19,7 @@ from s2sam.hooks import check_number
 from s2sam.sparse import scores
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.part import Part
+from s2sam.sparse.schedules import check_interval
 from s2sam.sparse.topk import topk_mask
 
 
@@ -33,8 +34,7 @@ class DropGrowOptions:
 
     def __post_init__(self) -> None:
         check_number("drop_fraction", self.drop_fraction, 0.0, 1.0)
-        if isinstance(self.delta_t, bool) or int(self.delta_t) != self.delta_t or self.delta_t < 1:
-            raise ValueError(f"delta_t must be a whole number of steps, at least 1, got {self.delta_t!r}")
+        check_interval(self.delta_t)
         if self.t_end is not None:
             check_number("t_end", self.t_end, 0.0, 1.0)
 

@@ -80,7 +80,8 @@ class Part:
         both = {name: mask & masks[name] for name, mask in old.items()}
         self.layers.apply_to_weights(both)
         self.layers.apply_to_gradients(both)
-        self.layers.apply_to_state(self.optimizer, both)
+        if not self.owner.dense_state:
+            self.layers.apply_to_state(self.optimizer, both)
 
     def _mask(self, context: StepContext) -> None:
         self.owner.check_ready()

@@ -75,3 +75,9 @@ class CosineDrop:
     def __call__(self, step: int) -> float:
         """The value at `step`."""
         return 0.0 if step >= self.t_end else self.alpha / 2 * (1 + math.cos(math.pi * step / self.t_end))
+
+
+def check_interval(delta_t: int) -> None:
+    """Raise ValueError unless `delta_t` is a whole number of steps, at least 1."""
+    if isinstance(delta_t, bool) or int(delta_t) != delta_t or delta_t < 1:
+        raise ValueError(f"delta_t must be a whole number of steps, at least 1, got {delta_t!r}")

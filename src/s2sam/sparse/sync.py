@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,22 @@ def broadcast_masks(masks: Mapping[str, Tensor]) -> None:
     dist.broadcast(flat, src=0)
     for mask, part in zip(masks.values(), torch.split(flat, [m.numel() for m in masks.values()]), strict=True):
         mask.copy_(part.view(mask.shape))
+
+
+@torch.no_grad()
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its sum over all ranks, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every tensor with rank 0's, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def check_same(masks: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ def topk_mask(scores: Tensor, k: int, *, check: bool = True) -> Tensor:
 
 
 def global_topk(scores: Mapping[str, Tensor], k: int, *, at_least: int = 0) -> dict[str, Tensor]:
-    """Masks with exactly `k` True over all layers together, and at least `at_least` in each layer.
+    """Masks with exactly `k` True over all layers together, and at least `at_least` in each (all of a smaller layer).
 
     Of equal scores those of the earlier layer, then of the lower flat index are taken. A layer that is guaranteed
     weights gives its own largest scores first.
@@ -51,17 +51,37 @@ def global_topk(scores: Mapping[str, Tensor], k: int, *, at_least: int = 0) -> d
     Raises:
         ValueError: `k` is larger than the number of candidates, or smaller than `at_least` in each layer requires.
     """
-    guaranteed = {name: topk_mask(s, at_least) for name, s in scores.items()}
-    if k < at_least * len(scores):
+    least = {name: min(at_least, s.numel()) for name, s in scores.items()}
+    if k < sum(least.values()):
         raise ValueError(f"cannot keep {at_least} in each of {len(scores)} layers with {k} in all")
-    device = next(iter(scores.values())).device if scores else None
-    pool = [_comparable(s).masked_fill(guaranteed[name], -torch.inf).flatten().to(device) for name, s in scores.items()]
-    rest = topk_mask(torch.cat(pool), k - at_least * len(scores)) if pool else torch.empty(0)
-    parts = torch.split(rest, [s.numel() for s in scores.values()])
-    return {
-        name: guaranteed[name] | part.view(s.shape).to(s.device)
-        for (name, s), part in zip(scores.items(), parts, strict=True)
-    }
+    masks = _joint_topk(scores, k)
+    if any(int(mask.sum()) < least[name] for name, mask in masks.items()):
+        sure = {name: topk_mask(s, least[name]) for name, s in scores.items()}
+        others = {name: _comparable(s).masked_fill(sure[name], -torch.inf) for name, s in scores.items()}
+        masks = {name: sure[name] | mask for name, mask in _joint_topk(others, k - sum(least.values())).items()}
+    return masks
+
+
+def choose(scores: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1) -> dict[str, Tensor]:
+    """Masks of the largest scores: over all layers together if `budget` is a number, else as many as it gives each.
+
+    >>> scores = {"a": torch.tensor([5.0, 4.0]), "b": torch.tensor([1.0, 2.0])}
+    >>> {name: mask.tolist() for name, mask in choose(scores, {"a": 1, "b": 1}).items()}
+    {'a': [True, False], 'b': [False, True]}
+    """
+    if isinstance(budget, int):
+        return global_topk(scores, budget, at_least=at_least)
+    return {name: topk_mask(s, budget[name]) for name, s in scores.items()}
+
+
+def _joint_topk(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """:func:`topk_mask` of all scores in one row, on the device of the first."""
+    if not scores:
+        return {}
+    device = next(iter(scores.values())).device
+    row = topk_mask(torch.cat([s.flatten().to(device) for s in scores.values()]), k)
+    parts = torch.split(row, [s.numel() for s in scores.values()])
+    return {name: part.view(s.shape).to(s.device) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def _comparable(scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Record = Mapping[str, Any]
 
@@ -18,13 +18,24 @@ class Logger(Protocol):
         """The run begins; `config` is its resolved configuration, `info` what is known besides (see `train.loop`)."""
 
     def scalars(self, record: Record) -> None:
-        """One record; its "kind" is "step", "epoch", "topology" or "final", the other keys are numbers or mappings."""
+        """One record: numbers, mappings, and its "kind": "step", "epoch", "topology" or "final".
+
+        "level" is the kind of an epoch's record before the last level of an iterative method (LT).
+        """
 
     def artifact(self, path: Path) -> None:
         """A file of the run is there."""
 
     def close(self) -> None:
         """The run ended, finished or not."""
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """A logger whose files hold exactly what was logged before a checkpoint, however the run went on after it."""
+
+    def position(self) -> dict[str, int]:
+        """The length of each file in bytes; `start` gets them back as `info["logs"]`."""
 
 
 class Loggers:
@@ -51,3 +62,11 @@ class Loggers:
         """One file to all."""
         for logger in self.loggers:
             logger.artifact(path)
+
+    def position(self) -> dict[str, int]:
+        """How long the files of those loggers are that can be cut back to this moment when a run resumes."""
+        lengths: dict[str, int] = {}
+        for logger in self.loggers:
+            if isinstance(logger, Rewindable):
+                lengths |= logger.position()
+        return lengths

@@ -25,19 +25,26 @@ class ConsoleLogger:
         """One line about the run, and the bar."""
         self._epochs = int(config["epochs"])
         self._say(headline(config, info))
+        resumed = info.get("resumed")
+        if resumed is not None:
+            for damage in resumed["torn"]:
+                self._say(f"passed over: {damage}")
+            self._say(f"going on after step {resumed['step']:,} of {info['n_steps']:,}, from {resumed['path']}")
         if self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self.console, transient=True)
-            self._task = self._progress.add_task("steps", total=info["n_steps"])
+            self._task = self._progress.add_task(
+                "steps", total=info["n_steps"], completed=0 if resumed is None else resumed["step"]
+            )
             self._progress.start()
 
     def scalars(self, record: Record) -> None:
         """Move the bar; write a line for an epoch and for the end."""
-        if self._progress is not None and self._task is not None and record["kind"] in ("step", "epoch"):
+        if self._progress is not None and self._task is not None and record["kind"] in ("step", "epoch", "level"):
             self._progress.update(self._task, completed=record["step"])
-        if record["kind"] == "epoch":
+        if record["kind"] in ("epoch", "level"):
             self._say(epoch_line(record, self._epochs))
         elif record["kind"] == "final":
             self._stop()
@@ -73,8 +80,9 @@ def headline(config: Record, info: Record) -> str:
 def epoch_line(record: Record, epochs: int) -> str:
     """An epoch in one line of fixed columns."""
     count = f"{record['epoch']:>{len(str(epochs))}}/{epochs}"
+    level = f"level {record['level']}  " if "level" in record else ""
     return (
-        f"epoch {count}  train {_loss(record['train_loss'])} {_share(record['train_top1'])}"
+        f"{level}epoch {count}  train {_loss(record['train_loss'])} {_share(record['train_top1'])}"
         f"  val {_share(record['val_top1'])}  test {_share(record['test_top1'])}  sparsity {_share(record['sparsity'])}"
         f"  lr {record['lr']:.2e}  {record['seconds']:.2f} s"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,9 +25,23 @@ class FileLogger:
         self._table: csv.DictWriter[str] | None = None
 
     def start(self, config: Record, info: Record) -> None:
-        """Open both files, empty."""
-        self._lines = open(self.folder / "metrics.jsonl", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._rows = open(self.folder / "summary.csv", "w", encoding="utf-8", newline="")  # noqa: SIM115
+        """Open both files: empty, or, if `info["logs"]` gives the length of each at a checkpoint, cut back to it."""
+        lengths = info.get("logs") or {}
+        self._lines = _open(self.folder / "metrics.jsonl", lengths.get("metrics.jsonl", 0))
+        self._rows = _open(self.folder / "summary.csv", lengths.get("summary.csv", 0))
+        with open(self.folder / "summary.csv", encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), None)
+        self._table = None if header is None else csv.DictWriter(self._rows, header)
+
+    def position(self) -> dict[str, int]:
+        """The length of each file in bytes, after all of it is safe on the disk."""
+        lengths = {}
+        for file in (self._lines, self._rows):
+            assert file is not None, "start() comes first"
+            file.flush()
+            os.fsync(file.fileno())
+            lengths[Path(file.name).name] = os.fstat(file.fileno()).st_size
+        return lengths
 
     def scalars(self, record: Record) -> None:
         """Write one line; an epoch is a row of the table as well."""
@@ -51,6 +66,13 @@ class FileLogger:
         for file in (self._lines, self._rows):
             if file is not None:
                 file.close()
+
+
+def _open(path: Path, length: int) -> TextIO:
+    """The file, cut back to `length` bytes and ready for more."""
+    file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+    file.truncate(length)
+    return file
 
 
 def plain(value: Any) -> Any:

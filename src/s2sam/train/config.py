@@ -18,9 +18,10 @@ from s2sam.sparse.names import unknown
 SHARPNESS = ("none", "s2sam", "sam")
 DIRECTIONS = ("gradient", "momentum")
 SCALES = ("norm", "relative", "asam")
-DISTRIBUTIONS = ("uniform", "uniform-first-dense", "uniform-first-last-dense", "er", "erk", "global")
+DISTRIBUTIONS = ("auto", "uniform", "uniform-first-dense", "uniform-first-last-dense", "er", "erk", "global")
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "step", "onecycle")
+PRECISIONS = ("fp32", "bf16", "fp16")
 AUGMENTATIONS = ("auto", "none", "crop", "flip", "crop+flip")
 
 
@@ -54,13 +55,14 @@ class SparseConfig:
 
     Args:
         distribution: how the sparsity is shared among the layers: erk, er, uniform, uniform-first-dense,
-            uniform-first-last-dense, global (by score), or a mapping from layers to their sparsities.
+            uniform-first-last-dense, global (by score), a mapping from layers to their sparsities, or auto: global for
+            methods that score weights across layers, else erk.
         include: only weights with these names are pruned; null = the default set.
         exclude: weights with these names are never pruned.
         options: options of the method, such as delta_t and drop_fraction; those of other methods are left aside.
     """
 
-    distribution: str | dict[str, float] = "erk"
+    distribution: str | dict[str, float] = "auto"
     include: list[str] | None = None
     exclude: list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -84,15 +86,24 @@ class OptimConfig:
         momentum: of sgd.
         nesterov: of sgd.
         weight_decay: of all parameters, the same in every arm.
+        accumulate: parts in which a batch passes the network, to save memory; the step is that of the whole batch.
+        clip_norm: largest norm of the gradient, over the active weights; 0 = no limit.
+        ema: decay of a moving average of the weights, measured besides them, such as 0.999; 0 = none.
     """
 
     name: str = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZERS)
+        whole("optim.accumulate", self.accumulate, 1)
+        number("optim.clip_norm", self.clip_norm, 0.0)
+        number("optim.ema", self.ema, 0.0, below=1.0)
         number("optim.momentum", self.momentum, 0.0, below=1.0)
         number("optim.weight_decay", self.weight_decay, 0.0)
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
@@ -104,19 +115,31 @@ class ScheduleConfig:
     """The learning rate over time, step by step.
 
     Args:
-        name: cosine (to final x lr) or constant.
-        warmup_epochs: epochs of linear warm-up before it.
+        name: cosine (to final x lr), constant, step (times gamma at each milestone) or onecycle (up and down again).
+        warmup_epochs: epochs of linear warm-up before it; onecycle has its own.
         final: the last learning rate as a share of lr; cosine only.
+        milestones: when step lowers the learning rate, as shares of the run; step only.
+        gamma: by which factor; step only.
+        rise: share of the run in which onecycle rises from lr / 25 to lr; then it falls to lr / 250000.
     """
 
     name: str = "cosine"
     warmup_epochs: float = 0.0
     final: float = 0.0
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    gamma: float = 0.1
+    rise: float = 0.3
 
     def __post_init__(self) -> None:
         choice("schedule.name", self.name, SCHEDULES)
         number("schedule.warmup_epochs", self.warmup_epochs, 0.0)
         number("schedule.final", self.final, 0.0, 1.0)
+        for milestone in self.milestones:
+            number("each of schedule.milestones", milestone, 0.0, 1.0)
+        number("schedule.gamma", self.gamma, 0.0, 1.0)
+        number("schedule.rise", self.rise, 0.0, below=1.0)
+        if self.name == "onecycle" and self.warmup_epochs > 0:
+            raise ValueError("schedule.warmup_epochs must be 0 with onecycle, which warms up by schedule.rise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +151,25 @@ class DataConfig:
         val_fraction: share of the training images that choose the best epoch and are not trained on.
         split_seed: decides which; not the run's seed, so that all runs share their images.
         augment: auto, none, crop, flip or crop+flip.
+        cutout: side of the square that is blanked in each training image, in pixels; 0 = none.
+        mixup: alpha of the Beta distribution by which images and labels of a batch are mixed; 0 = not.
+        label_smoothing: share of the target spread evenly over all classes.
+        options: options of the kind of data, such as resize (image folders) and labels (CIFAR-100).
     """
 
     train_size: int | None = None
     val_fraction: float = 0.1
     split_seed: int = 0
     augment: str = "auto"
+    cutout: int = 0
+    mixup: float = 0.0
+    label_smoothing: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        whole("data_options.cutout", self.cutout, 0)
+        number("data_options.mixup", self.mixup, 0.0)
+        number("data_options.label_smoothing", self.label_smoothing, 0.0, below=1.0)
         if self.train_size is not None:
             whole("data_options.train_size", self.train_size, 1)
         number("data_options.val_fraction", self.val_fraction, 0.0, below=1.0)
@@ -160,6 +194,9 @@ class TrainConfig:
         seed: decides initial weights, order of the images, augmentation and random masks.
         out: the run's folder; null = runs/ and a name made of the settings.
         device: auto, cpu or cuda.
+        precision: of forward and backward: fp32, bf16 or fp16; weights and optimizer state are fp32 always.
+        channels_last: keep images and convolutions in this memory format, which is faster on some devices.
+        checkpoint_every: steps between checkpoints; 0 = one at the end of every epoch only.
         sam: how the weights are displaced.
         sparse: how the sparsity is laid out.
         optim: the base optimizer.
@@ -190,6 +227,9 @@ class TrainConfig:
     seed: int = 0
     out: str | None = None
     device: str = "auto"
+    precision: str = "fp32"
+    channels_last: bool = False
+    checkpoint_every: int = 0
     sam: SamConfig = field(default_factory=SamConfig)
     sparse: SparseConfig = field(default_factory=lambda: SparseConfig(options={"delta_t": 20}))
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -202,6 +242,8 @@ class TrainConfig:
         choice("method", self.method, ["dense", *(row.name for row in registry.list_methods())])
         choice("sharpness", self.sharpness, SHARPNESS)
         choice("device", self.device, ("auto", "cpu", "cuda"))
+        choice("precision", self.precision, PRECISIONS)
+        whole("checkpoint_every", self.checkpoint_every, 0)
         number("sparsity", self.sparsity, 0.0, below=1.0)
         number("rho", self.rho, 0.0)
         number("lr", self.lr, 0.0)
@@ -211,6 +253,13 @@ class TrainConfig:
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is longer than the {self.epochs} epochs"
+            )
+        if self.sharpness == "sam" and self.precision == "fp16":
+            raise ValueError("sharpness sam needs two gradients a step, which fp16 cannot scale; use --precision bf16")
+        if 2 * self.optim.accumulate > self.batch_size:
+            raise ValueError(
+                f"optim.accumulate {self.optim.accumulate} leaves less than 2 images a part; "
+                f"it can be {self.batch_size // 2} at most with batch_size {self.batch_size}"
             )
         if not str(self.data).strip():
             raise ValueError("data is empty; give 'digits' or the path of a data set")

@@ -17,7 +17,13 @@ from s2sam import registry
 from s2sam.train.config import TrainConfig
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-_NESTED = {"model_options", "sparse.options", "sparse.distribution"}  #: their values may be mappings with free keys
+SWITCHES = ("resume", "overwrite", "print_config")  #: flags that are no setting of the run
+_NESTED = {
+    "model_options",
+    "sparse.options",
+    "sparse.distribution",
+    "data_options.options",
+}  #: their values may be mappings with free keys
 
 
 def load_config(source: str | Path, **changes: Any) -> TrainConfig:
@@ -40,6 +46,11 @@ def parse(argv: Sequence[str], *, prog: str = "s2sam train") -> TrainConfig:
     Raises:
         ValueError: as :func:`load_config`.
     """
+    return parse_flags(argv, prog=prog)[0]
+
+
+def parse_flags(argv: Sequence[str], *, prog: str = "s2sam train") -> tuple[TrainConfig, dict[str, Any]]:
+    """As :func:`parse`, with the flags that are no setting of the run: resume, overwrite, print_config."""
     from jsonargparse import ArgumentError, Namespace
 
     files, flags = _split(argv)
@@ -49,7 +60,8 @@ def parse(argv: Sequence[str], *, prog: str = "s2sam train") -> TrainConfig:
     except ArgumentError as error:
         raise ValueError(_sentence(str(error))) from None
     values = parser.instantiate(chosen)
-    return TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
+    config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
+    return config, {switch: values[switch] for switch in SWITCHES}
 
 
 def make_parser(prog: str) -> Any:
@@ -64,6 +76,10 @@ def make_parser(prog: str) -> Any:
     parser.add_argument(
         "--config", action="config", help="a recipe (`s2sam list recipes`) or a YAML file; flags win over it"
     )
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH",
+        help="auto: go on with the unfinished run in the folder, if there is one; or a checkpoint to go on from",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run in the same folder")
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML and stop")
     parser.add_class_arguments(TrainConfig)
@@ -140,7 +156,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             path = recipe_path(value if equals else tokens.pop(0))
             _check_file(path)
             files.append(str(path))
-        elif key in ("help", "print_config", "overwrite"):
+        elif key in ("help", *SWITCHES):
             flags.append("--" + key + equals + value)
         else:
             check_key(key, "among the flags")

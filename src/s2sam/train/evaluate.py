@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2sam.data.images import ImageData
+
 BATCH = 1024
 
 
@@ -19,9 +21,10 @@ class Meter:
 
     @torch.no_grad()
     def add(self, logits: Tensor, y: Tensor, loss: Tensor) -> None:
-        """Add one batch: logits (N, classes), labels (N,), its mean loss."""
+        """Add one batch: logits (N, classes), labels (N,) or probabilities (N, classes), its mean loss."""
         finite = torch.isfinite(loss.detach())
-        correct = (logits.argmax(dim=1) == y).sum()
+        labels = y.argmax(dim=1) if y.is_floating_point() else y
+        correct = (logits.argmax(dim=1) == labels).sum()
         n = len(y)
         batch = torch.stack([torch.where(finite, loss.detach() * n, 0.0), correct, finite * n, ~finite]).double()
         batch[1] *= finite
@@ -59,3 +62,12 @@ def evaluate(
     finally:
         model.train(training)
     return float(loss) / len(x), int(correct) / len(x)
+
+
+def evaluate_split(
+    model: nn.Module, data: ImageData, split: str, prepare: Callable[[Tensor], Tensor]
+) -> tuple[float | None, float | None]:
+    """:func:`evaluate` on "train", "val" or "test" of `data`, on the device of the model."""
+    device = next(model.parameters()).device
+    x, y = data.split(split)
+    return evaluate(model, x.to(device), y.to(device), prepare)

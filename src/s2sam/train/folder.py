@@ -13,10 +13,11 @@ import torch
 from s2sam.train.atomic import atomic, write_text
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import dump
+from s2sam.train.lock import LOCK
 
 FILES = (
     "DONE", "config.yaml", "env.json", "metrics.jsonl", "summary.csv", "model.safetensors", "masks.safetensors",
-    "report.html", "checkpoints", "plots",
+    "ema.safetensors", "report.html", "checkpoints", "plots",
 )  # fmt: skip
 
 
@@ -38,13 +39,15 @@ class RunFolder:
 
     def check(self, overwrite: bool = False) -> None:
         """Raise ValueError if no run may be written here: a finished one is here, or files that belong to no run."""
+        known = {*FILES, LOCK}
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; choose another folder with --out")
         if self.done and not overwrite:
             raise ValueError(
                 f"{self.path} holds a finished run; choose another --out, or add --overwrite to replace it"
             )
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "config.yaml").exists():
+        strange = self.path.is_dir() and any(p.name not in known for p in self.path.iterdir())
+        if strange and not (self.path / "config.yaml").exists():
             raise ValueError(f"{self.path} holds files that belong to no run; choose another folder with --out")
 
     def create(self, config: TrainConfig, env: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -56,9 +59,25 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        self.checkpoints.mkdir(parents=True)
+        self.tidy()
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", dump(config))
         write_text(self.path / "env.json", json.dumps(env, indent=1) + "\n")
+        self.checkpoints.mkdir()
+
+    def reopen(self, step: int, env: Mapping[str, Any]) -> None:
+        """Go on with the run here: note in env.json at which step and on what; half-written files go."""
+        self.tidy()
+        (self.path / "DONE").unlink(missing_ok=True)
+        path = self.path / "env.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        resumed = [*known.pop("resumed", []), {"step": step, **env}]
+        write_text(path, json.dumps({**known, "resumed": resumed}, indent=1) + "\n")
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed while writing left behind."""
+        for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            path.unlink()
 
     def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
         """Write one safetensors file, whole or not at all."""

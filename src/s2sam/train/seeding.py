@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-PURPOSES = ("init", "data", "sparsify")
+PURPOSES = ("init", "data", "sparsify", "scoring")
 
 
 def derive(seed: int, purpose: str) -> int:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s2sam.attach import sparsify
 from s2sam.data import load_data
-from s2sam.data.augment import Augment
+from s2sam.data.augment import Augment, mixup, soft_targets
 from s2sam.data.images import ImageData
 from s2sam.data.loader import Batches
 from s2sam.models import create_model
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 from s2sam.sparse.base import Sparsifier
+from s2sam.train.averages import Ema
 from s2sam.train.config import OptimConfig, TrainConfig
+from s2sam.train.precision import check_precision, make_scaler, to_channels_last
+from s2sam.train.resume import differences
 from s2sam.train.schedule import make_scheduler
+from s2sam.train.scoring import scoring_options
 from s2sam.train.seeding import generator
 
 
@@ -37,14 +42,61 @@ class TrainState:
     sparsifier: Sparsifier | None
     sharpness: S2SAM | SAM | None
     scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    ema: Ema | None = None
     epoch: int = 0
     step: int = 0
+    skipped: float = 0.0  #: steps that S2SAM skipped before the run was resumed
     best: dict[str, Any] | None = None  #: epoch, val_top1, test_top1, sparsity of the best epoch
 
     @property
     def n_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.config.epochs * len(self.batches)
+        """Steps of the whole run, all levels of LT included."""
+        return self.config.epochs * len(self.batches) * (1 + int(getattr(self.sparsifier, "levels", 0)))
+
+    @property
+    def level(self) -> int | None:
+        """Which training of an iterative method (LT) this is, or None if it is the last or the only one."""
+        level, levels = (int(getattr(self.sparsifier, name, 0)) for name in ("level", "levels"))
+        return None if level == levels else level
+
+    def next_level(self) -> bool:
+        """After a training let LT prune and rewind; schedule, data order, averages begin afresh. False at the end."""
+        if self.level is None or not self.sparsifier.next_level():  # type: ignore[union-attr, operator]
+            return False
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        steps = len(self.batches)
+        self.scheduler = make_scheduler(self.optimizer, self.config.schedule, self.config.epochs * steps, steps)
+        self.scaler = make_scaler(self.device, self.config.precision)
+        self.batches.generator.set_state(generator(self.config.seed, "data").get_state())
+        if self.ema is not None:
+            self.ema = Ema(self.model, self.config.optim.ema)
+        self.epoch, self.best = 0, None
+        return True
+
+    @property
+    def skips_steps(self) -> bool:
+        """True if a step with gradients that are not finite is skipped, so that one such step is no end."""
+        return self.sharpness is not None or self.scaler.is_enabled()
+
+    def mix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch after mixup, with probabilities (N, classes) for labels; as it is if there is to be none."""
+        alpha, classes = self.config.data_options.mixup, self.data.num_classes
+        if alpha == 0:
+            return x, y
+        x, a, b, lam = mixup(x, y, alpha, self.batches.generator)
+        return x, lam * soft_targets(a, classes) + (1 - lam) * soft_targets(b, classes)
+
+    def advance(self) -> None:
+        """A step was taken, or skipped: count it, move the schedule, update the average of the weights."""
+        self.step += 1
+        with warnings.catch_warnings():  # torch cannot know that the scaler skipped the very first step
+            if self.scaler.is_enabled():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
 
     def sparsity(self) -> float:
         """Share of the prunable weights that are pruned, counted in masks and weights; 0.0 if dense."""
@@ -56,8 +108,13 @@ class TrainState:
         masks = {} if self.sparsifier is None else self.sparsifier.masks
         return total, total - sum(int((~mask).sum()) for mask in masks.values())
 
+    def skips(self) -> float:
+        """Steps that S2SAM has skipped since the run began."""
+        now = self.sharpness.stats["skipped"] if isinstance(self.sharpness, S2SAM) else 0.0
+        return self.skipped + now
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs, as tensors and plain values; weights are the clean ones."""
+        """What a resume needs, as tensors and plain values; weights are the clean ones. Take it between two steps."""
         return {
             "config": self.config.as_dict(),
             "epoch": self.epoch,
@@ -66,42 +123,60 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
+            "ema": None if self.ema is None else self.ema.averaged.state_dict(),
+            "skipped": self.skips(),
             "batches": self.batches.state_dict(),
             "data_digest": self.data.digest,
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], name: str = "this checkpoint") -> None:
         """Go on where :meth:`state_dict` was taken; bit by bit the same run on the same machine.
 
         Raises:
-            ValueError: it was saved by a run with other settings (folder and device aside) or other images.
+            ValueError: it was saved by a run with other settings (folder and device aside), other images, another model
+                or other masks, or is damaged; the sentence begins with `name`.
         """
-        here, there = comparable(self.config.as_dict()), comparable(saved["config"])
-        different = [key for key in here if here[key] != there.get(key)]
-        if different:
-            key = different[0]
-            raise ValueError(f"this checkpoint is of another run: its {key} is {there.get(key)!r}, not {here[key]!r}")
+        for different in differences(self.config.as_dict(), saved["config"]):
+            raise ValueError(f"{name} is of another run: {different}")
         if saved["data_digest"] != self.data.digest:
-            raise ValueError("this checkpoint was trained on other images than those that are loaded now")
+            raise ValueError(
+                f"{name} was trained on other images than those that are loaded now; give the data it was trained on, "
+                "or choose another --out"
+            )
+        try:
+            self._load(saved)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{name} does not fit this model, its masks or its optimizer ({reason}); train anew with --resume never"
+            ) from error
+        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        self.skipped = saved["skipped"]
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"]) if self.scaler.is_enabled() else None
         self.batches.load_state_dict(saved["batches"])
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(saved["sparsifier"])
+            self.sparsifier.verify()
+        if self.ema is not None:
+            self.ema.averaged.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["rng"])
-        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        if saved["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
 
 
-def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is trained."""
-    return {key: value for key, value in config.items() if key not in ("out", "device")}
-
-
-def build(config: TrainConfig) -> TrainState:
+def build(config: TrainConfig, *, init: bool = True) -> TrainState:
     """Load the data, build and sparsify the model, attach sharpness. Nothing is written.
+
+    With `init=False` masks are not made; :meth:`TrainState.load_state_dict` brings them.
 
     Arms of one seed are matched: initial weights, order of images, augmentation and random masks come from generators
     that depend on the seed and their purpose alone, and the split from `data_options.split_seed`.
@@ -110,16 +185,20 @@ def build(config: TrainConfig) -> TrainState:
         ValueError: data, options or the device do not exist or do not fit.
     """
     device = choose_device(config.device)
+    check_precision(device, config.precision)
     options = config.data_options
     data = load_data(
-        config.data, train_size=options.train_size, val_fraction=options.val_fraction, seed=options.split_seed
-    )
+        config.data, train_size=options.train_size, val_fraction=options.val_fraction, seed=options.split_seed,
+        **options.options,
+    )  # fmt: skip
     channels, height, width = data.image_shape
     model = create_model(
         config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width),
         generator=generator(config.seed, "init"), **config.model_options,
     ).to(device)  # fmt: skip
-    augment = Augment(data.mean.to(device), data.std.to(device), options.augment)
+    if config.channels_last:
+        model = to_channels_last(model, device)
+    augment = Augment(data.mean.to(device), data.std.to(device), options.augment, cutout=options.cutout)
     images = len(data.train_x)
     batches = Batches(
         data.train_x.to(device), data.train_y.to(device), config.batch_size, generator(config.seed, "data"), augment,
@@ -131,12 +210,15 @@ def build(config: TrainConfig) -> TrainState:
         sparsifier = sparsify(
             model, optimizer, method=config.method, sparsity=config.sparsity, distribution=config.sparse.distribution,
             total_steps=config.epochs * len(batches), generator=generator(config.seed, "sparsify"),
-            include=config.sparse.include, exclude=config.sparse.exclude, **config.method_options,
+            include=config.sparse.include, exclude=config.sparse.exclude, init=init, **config.method_options,
+            **scoring_options(config, data, augment, device),
         )  # fmt: skip
     return TrainState(
         config, device, data, batches, augment, model, optimizer, sparsifier,
         make_sharpness(model, optimizer, config),
         make_scheduler(optimizer, config.schedule, config.epochs * len(batches), len(batches)),
+        make_scaler(device, config.precision),
+        ema=Ema(model, config.optim.ema) if config.optim.ema > 0 else None,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 WARM_UP = 5  #: first steps that are left out: allocations, lazy initialisation, the first displacement
+KEPT = 10_000  #: as many last steps go into checkpoints and medians
 
 
 class StepTimer:
@@ -17,6 +18,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: list[float] = []
+        self.earlier: list[float] = []  #: of the process that a resumed run goes on from
         self._cuda = device.type == "cuda"
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -41,7 +43,44 @@ class StepTimer:
             self.seconds += [first.elapsed_time(last) / 1000 for first, last in self._events]
             self._events.clear()
 
-    def median(self) -> float:
-        """Median seconds of a step after warm-up (of all steps if there are fewer)."""
+    def state_dict(self) -> torch.Tensor:
+        """The last seconds; those of the warm-up are left out if there are others."""
         self.collect()
-        return statistics.median(self.seconds[WARM_UP:] or self.seconds)
+        warm = self.earlier + self.seconds[WARM_UP:]
+        return torch.tensor((warm or self.seconds)[-KEPT:], dtype=torch.float64)
+
+    def load_state_dict(self, seconds: torch.Tensor) -> None:
+        """Go on from saved seconds; the first steps of this process are left out again."""
+        self.earlier = seconds.tolist()
+
+    def median(self) -> float:
+        """Median seconds of a step after warm-up (of all steps if there are fewer; of the last 10,000)."""
+        return statistics.median(self.state_dict().tolist())
+
+
+class Stopwatch:
+    """Adds up the seconds between `start` and `pause`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Run from now on."""
+        self._since = time.perf_counter()
+
+    def pause(self) -> float:
+        """Stop; returns the seconds so far."""
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+        return self.seconds
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop for the block, if it runs."""
+        running = self._since is not None
+        self.pause()
+        yield
+        if running:
+            self.start()

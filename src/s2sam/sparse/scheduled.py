@@ -1,0 +1,49 @@
+"""Scheduled: the common frame of methods whose number of active weights follows a plan over the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.part import Part
+
+
+class Scheduled(Sparsifier):
+    """Knows the length of the training, and compares what is kept with what the plan says. Never reads the device.
+
+    A change that is due in a step whose gradients are not finite does not happen; once the plan has ended, every step
+    is due until the target is met, so that a training ends at the sparsity it was given.
+    """
+
+    def check_options(self) -> None:
+        """A plan needs the length of the training, and "global" counts need one optimizer."""
+        if self.total_steps is None:
+            raise ValueError(f"method {self.method!r} follows a plan; give total_steps, the number of optimizer steps")
+        if self.distribution == "global" and len(self.parts) > 1:
+            raise ValueError(
+                f"method {self.method!r} with distribution='global' needs all prunable weights in one optimizer; "
+                "choose another distribution, or one optimizer with several param_groups"
+            )
+
+    def step_at(self, share: float) -> int:
+        """The step at which this share of the training is over."""
+        assert self.total_steps is not None
+        return round(share * self.total_steps)
+
+    def active(self, part: Part, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores, -inf where a weight is pruned."""
+        return {name: s.masked_fill(~part.layers.masks[name], -torch.inf) for name, s in scores.items()}
+
+
+def over(kept: dict[str, int], budget: Any) -> bool:
+    """Whether a layer keeps more than its budget, or all together more than a budget that is a number.
+
+    >>> over({"a": 3, "b": 1}, {"a": 3, "b": 2}), over({"a": 3, "b": 1}, 3)
+    (False, True)
+    """
+    if isinstance(budget, int):
+        return sum(kept.values()) > budget
+    return any(n > budget[name] for name, n in kept.items())

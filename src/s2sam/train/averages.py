@@ -1,0 +1,67 @@
+"""Averages of what training leaves: an exponential moving average of the weights, BatchNorm statistics at the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+BN_BATCHES = 100  #: as many training batches at most re-estimate the statistics
+
+
+class Ema:
+    r"""torch's AveragedModel, kept as sparse as the model it follows.
+
+    .. math:: a_{t+1} = \beta\, a_t + (1 - \beta)\, w_{t+1}
+
+    Buffers (BatchNorm statistics) are averaged like weights. When the masks change, the average becomes 0 where the
+    weights do; otherwise the average of a sparse network would be denser than the network.
+
+    Cost: one copy of the model, one pass over it a step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @property
+    def module(self) -> nn.Module:
+        """The averaged network."""
+        module: nn.Module = self.averaged.module
+        return module
+
+    def update(self, model: nn.Module) -> None:
+        """Take in the clean weights after a step."""
+        self.averaged.update_parameters(model)
+
+    @torch.no_grad()
+    def mask(self, masks: Mapping[str, Tensor]) -> None:
+        """0 wherever the masks, by parameter name, are False."""
+        for name, p in self.module.named_parameters():
+            if name in masks:
+                p.mul_(masks[name])
+
+
+def recalibrated(model: nn.Module, x: Tensor, batch_size: int, prepare: Callable[[Tensor], Tensor]) -> nn.Module | None:
+    """A copy of `model` whose BatchNorm statistics are those of its own weights over up to 100 training batches.
+
+    During training they are collected along the way, with S2SAM at displaced weights. None if there is no BatchNorm.
+
+    Args:
+        model: at its clean weights; it is not touched.
+        x: training images as stored, in an order without classes.
+        batch_size: images a batch; a last smaller one is left out.
+        prepare: turns stored images into what the model takes.
+    """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return None
+    twin = copy.deepcopy(model)
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, max(1, len(x) - batch_size + 1), batch_size)[:BN_BATCHES]:
+            yield prepare(x[start : start + batch_size])
+
+    update_bn(batches(), twin)
+    return twin
