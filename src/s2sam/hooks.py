@@ -22,13 +22,14 @@ from __future__ import annotations
 import math
 import numbers
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Closure = Callable[[], Any]
@@ -241,6 +242,38 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimi
                 "and other wrappers do not); attach to the optimizer it wraps"
             )
     return found
+
+
+def inert(*args: Any, **kwargs: Any) -> None:
+    """What a hook becomes in a copy or a pickle: nothing."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+class WeakHook:
+    """Calls `function(owner, module, ...)` while both still live and the caller is the module it was registered on.
+
+    A compiled model runs it outside its graphs (one graph break if the model itself is hooked, none if the compiled
+    wrapper is): traced into a graph it would be constant-folded.
+    """
+
+    def __init__(self, function: Callable[..., None], owner: object, module: nn.Module) -> None:
+        self._function: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        self._owner, self._module = weakref.ref(owner), weakref.ref(module)
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Run the hook."""
+        owner = self._owner()
+        if owner is not None and self._module() is module:
+            self._function(owner, module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _make_inert, ()
+
+
+WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # do not trace the two lines above either
 
 
 def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:

@@ -1,17 +1,18 @@
 """Hooks on the model: they open the window at a training forward and keep displaced weights out of what is saved.
 
-Every hook is a :class:`WeakHook`: it holds its owner and its module weakly, fires only for the module it was put on,
-and turns into nothing when the model is copied or pickled.
+Every hook is a :class:`~s2sam.hooks.WeakHook`: it fires only for the module it was put on, and turns into nothing when
+the model is copied or pickled.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from s2sam.hooks import WeakHook
 
 
 class WindowOwner(Protocol):
@@ -24,38 +25,6 @@ class WindowOwner(Protocol):
     def _leave_forward(self) -> None: ...
     def _displaced(self) -> dict[int, tuple[Tensor, Tensor]]: ...
     def _weights_replaced(self, load: object) -> None: ...
-
-
-def inert(*args: Any, **kwargs: Any) -> None:
-    """What a hook becomes in a copy or a pickle: nothing."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return inert
-
-
-class WeakHook:
-    """Calls `function(owner, module, ...)` while both still live and the caller is the module it was registered on.
-
-    A compiled model runs it outside its graphs (one graph break if the model itself is hooked, none if the compiled
-    wrapper is): traced into a graph it would be constant-folded.
-    """
-
-    def __init__(self, function: Callable[..., None], owner: WindowOwner, module: nn.Module) -> None:
-        self._function: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-        self._owner, self._module = weakref.ref(owner), weakref.ref(module)
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Run the hook."""
-        owner = self._owner()
-        if owner is not None and self._module() is module:
-            self._function(owner, module, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _make_inert, ()
-
-
-WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # do not trace the two lines above either
 
 
 def _before_forward(owner: WindowOwner, module: nn.Module, args: Any) -> None:

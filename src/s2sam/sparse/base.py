@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import check_optimizers, step_hooks
+from s2sam.hooks import WeakHook, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
 from s2sam.sparse.budget import Distribution, counts, descend
 from s2sam.sparse.masks import counts as count_true
@@ -109,19 +109,26 @@ class Sparsifier:
         self._initial: dict[str, Tensor] = {}  # masks at the first step, and the union of all since; kept
         self._explored: dict[str, Tensor] = {}  # from the first change on
         self.optimizers = optimizers = check_optimizers(optimizer)
-        for one in optimizers:
-            step_hooks(one)
         self.entries = in_optimizers(discover(model, include, exclude), optimizers)
         self.weights = {e.name: e.parameter for e in self.entries if e.prunable}  #: the prunable ones
-        self.parts = self._split(optimizers)
-        self.check_options()
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
         self._ready, self._unchecked = init, True
-        if init:
-            self._set_masks(self.initial_masks(model, sparsity, self.distribution, power_scale))
-            self.apply()
+        try:
+            self.parts = self._split(optimizers)
+            self.check_options()
+            if init:
+                self._set_masks(self.initial_masks(model, sparsity, self.distribution, power_scale))
+                self.apply()
+        except BaseException:
+            for one in optimizers:
+                step_hooks(one).retire()
+            raise
         for part in self.parts:
             part.attach()
+        self._handles: list[Any] = []
+        for m in model.modules():
+            load = m.register_load_state_dict_pre_hook(WeakHook(_weights_loaded, self, m))  # type: ignore[no-untyped-call]
+            self._handles.append(load)
 
     # -- what a method overrides ------------------------------------------------------------------------------------
 
@@ -258,6 +265,8 @@ class Sparsifier:
         """Take all hooks away; the weights stay as sparse as they are, and nothing keeps them so any longer."""
         for part in self.parts:
             part.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as bits, counters, the generator, and what is needed to report; loads with `weights_only=True`."""
@@ -330,6 +339,10 @@ class Sparsifier:
     def _require_masks(self) -> None:
         if not self._ready:
             raise RuntimeError("init=False: load the masks with sparsifier.load_state_dict(...) before the first step")
+
+
+def _weights_loaded(sparsifier: Sparsifier, module: nn.Module, *args: Any) -> None:
+    sparsifier._unchecked = True  # the next step looks whether they fit the masks
 
 
 def _check_steps(total_steps: int | None) -> int | None:

@@ -79,5 +79,5 @@ class CosineDrop:
 
 def check_interval(delta_t: int) -> None:
     """Raise ValueError unless `delta_t` is a whole number of steps, at least 1."""
-    if isinstance(delta_t, bool) or int(delta_t) != delta_t or delta_t < 1:
+    if isinstance(delta_t, bool) or not isinstance(delta_t, int | float) or int(delta_t) != delta_t or delta_t < 1:
         raise ValueError(f"delta_t must be a whole number of steps, at least 1, got {delta_t!r}")
