@@ -2,7 +2,7 @@
 # make test    set up .venv, run the tests
 # make help    everything else
 #
-# Variables:   make test PYTHON=python3.12 VENV=/tmp/venv       another interpreter, another place
+# Variables:   make test PYTHON=python3.12 VENV=../venv       another interpreter, another place
 #              make test TORCH=torch                            the newest torch (or 'torch==2.11.0', or a wheel's path)
 #              make test VENV_FLAGS=--system-site-packages      use the torch that the system has (clusters, containers)
 
