@@ -77,7 +77,7 @@ class S2SAM:
             calls closures repeatedly, or it shares no parameter with the model.
         RuntimeError: see on_clean_grad; or the window would open while a backward runs (reentrant checkpointing).
 
-    Cost: one gradient a step, one buffer per parameter, 52 bytes of traffic per fp32 parameter and step.
+    Cost: one gradient a step, one buffer per parameter, 52 bytes of traffic per fp32 parameter and step (fused: 60).
 
     Source: Ji et al., NeurIPS 2024 (S2-SAM). Their code (jjsrf/SSAM-NEURIPS2024:sam.py) never perturbs on torch >= 2.
 

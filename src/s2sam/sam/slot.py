@@ -184,17 +184,17 @@ class Slot:
         """
         for block in self.blocks:
             if keep and block.own:
-                through = [p.grad is not None and flag is not None for p in block.p]
-                self._carried += [p for p, t in zip(block.p, through, strict=True) if t]
-                for carry in (True, False):
-                    chosen = [(p, b) for p, b, t in zip(block.p, block.b, through, strict=True) if t is carry]
-                    ps, bs = [p for p, _ in chosen], [b for _, b in chosen]
-                    if carry and ps and flag is not None:
-                        copy_unless_([p.grad for p in ps if p.grad is not None], ps, flag.clear)
-                        restore_(ps, bs)
-                        self.spent += bs
-                    elif ps:
-                        swap_(ps, bs)
+                pairs = list(zip(block.p, block.b, strict=True))
+                carried = [] if flag is None else [(p, b, p.grad) for p, b in pairs if p.grad is not None]
+                swapped = pairs if flag is None else [(p, b) for p, b in pairs if p.grad is None]
+                if flag is not None and carried:
+                    ps, bs = [p for p, _, _ in carried], [b for _, b, _ in carried]
+                    copy_unless_([g for _, _, g in carried], ps, flag.clear)
+                    restore_(ps, bs)
+                    self._carried += ps
+                    self.spent += bs
+                if swapped:
+                    swap_([p for p, _ in swapped], [b for _, b in swapped])
                 self.twins.update((id(p), Twin(block.rho, block.c, p._version)) for p in block.p)
             else:
                 restore_(block.p, block.b)
