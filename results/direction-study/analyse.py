@@ -1,0 +1,200 @@
+"""raw.csv -> report.md: the tables of the three stages, with the intervals that protocol.md names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from study import CELLS, HERE, arms, baseline, chosen, rows
+
+from s2sam.report.stats import Difference, deviation, paired_difference, t_interval
+
+EQUIVALENT = 0.5  #: points
+PAPER, NOISE = "+g-0.05", "noise like the candidate"
+Row = dict[str, Any]
+
+
+def report() -> str:
+    """The whole report, which is also written to report.md."""
+    parts = ["# Direction study: results", "Made from `raw.csv` by `python results/direction-study/study.py report`."]
+    stages = {row["stage"] for row in rows()}
+    for stage, section in (("baselines", baselines), ("screening", screening), ("confirmation", confirmation)):
+        if stage in stages:
+            parts += section([row for row in rows() if row["stage"] == stage])
+    text = "\n\n".join(parts) + "\n"
+    Path(HERE / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def baselines(found: Sequence[Row]) -> list[str]:
+    """Stage 1: the settings of each baseline."""
+    lines = [
+        [arm, f"{mean(seeds, 'val_top1'):.2f}", spread(seeds, "val_top1"), f"{len(seeds)}"]
+        for arm, seeds in by_arm(found).items()
+    ]
+    picks = ", ".join(
+        f"{arm}: lr {chosen(arm)['lr']:g}, weight decay {chosen(arm)['optim.weight_decay']:g}"
+        for arm in arms()["baselines"]
+    )
+    return [
+        "## Stage 1: tuning the baselines (static ERK 80 %, validation accuracy, %)",
+        table(["setting", "mean", "sd", "n"], lines),
+        f"Chosen: {picks}.",
+    ]
+
+
+def screening(found: Sequence[Row]) -> list[str]:
+    """Stage 2: all arms against the better baseline on the seeds they share."""
+    groups = by_arm(found)
+    best = groups[baseline()]
+    lines = []
+    for arm, seeds in sorted(groups.items(), key=lambda item: (-len(item[1]), -mean(item[1], "val_top1"))):
+        shared = {s: row for s, row in best.items() if s in seeds}
+        gap = paired_difference(column(seeds, "val_top1"), column(shared, "val_top1"))
+        lines.append(
+            [
+                arm, f"{len(seeds)}", f"{mean(seeds, 'val_top1'):.2f}", spread(seeds, "val_top1"),
+                "-" if seeds is best else f"{gap.mean:+.2f}", number(seeds, "train_top1", 100.0, ".1f"),
+                ratio(seeds), number(seeds, "alignment", 1.0, "+.2f"),
+            ]
+        )  # fmt: skip
+    return [
+        "## Stage 2: screening (static ERK 80 %, validation accuracy, %)",
+        table(["arm", "n", "mean", "sd", f"minus {baseline()}", "train", "e/w", "alignment"], lines),
+        "No interval is given here: the order of many arms on few seeds is a screening, not a finding. train: accuracy "
+        "under augmentation in the last epoch, at the displaced weights. e/w: mean ||e|| over final ||w||. alignment: "
+        "mean cosine of g_t and d_{t-1}.",
+    ]
+
+
+def confirmation(found: Sequence[Row]) -> list[str]:
+    """Stage 3: the primary contrast, its cells, and the context."""
+    cells = {cell: by_arm([row for row in found if row["cell"] == cell]) for cell in CELLS}
+    names = list(next(iter(cells.values())))
+    reference = baseline()
+    candidate = next(arm for arm in names if arm not in (reference, PAPER, NOISE))
+    lines = [
+        [arm, *(f"{mean(cells[c][arm], 'test_top1'):.2f} ± {spread(cells[c][arm], 'test_top1')}" for c in CELLS)]
+        for arm in names
+    ]
+    parts = [
+        "## Stage 3: confirmation on fresh seeds (test accuracy of the last epoch, %, mean ± sd)",
+        table(["arm", *CELLS], lines),
+    ]
+    contrasts = []
+    for arm in names:
+        if arm == reference:
+            continue
+        whole = pooled(cells, arm, reference)
+        contrasts.append([f"{arm} minus {reference}", *words(whole, simultaneous=False)])
+        for cell in CELLS:
+            gap = paired_difference(
+                column(cells[cell][arm], "test_top1"), column(cells[cell][reference], "test_top1"),
+                comparisons=len(CELLS),
+            )  # fmt: skip
+            contrasts.append([f"- {cell}", *words(gap, simultaneous=True)])
+    parts.append(table(["difference, points", "mean", "95 % interval", "n"], contrasts))
+    primary = pooled(cells, candidate, reference)
+    parts += [verdict(candidate, reference, primary), sparsity_contrast(cells, candidate, reference)]
+    return parts
+
+
+def pooled(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str, reference: str) -> Difference:
+    """The difference of per-seed means over the cells."""
+    means = [
+        {seed: fmean(100 * groups[name][seed]["test_top1"] for groups in cells.values()) for seed in first(cells, name)}
+        for name in (arm, reference)
+    ]
+    return paired_difference(*means)
+
+
+def sparsity_contrast(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str, reference: str) -> str:
+    """Whether the sparser cells gain more."""
+
+    def gain(cell: str, seed: int) -> float:
+        return 100 * float(cells[cell][arm][seed]["test_top1"] - cells[cell][reference][seed]["test_top1"])
+
+    values = [
+        fmean(gain(c, seed) for c in CELLS if c.endswith("90"))
+        - fmean(gain(c, seed) for c in CELLS if c.endswith("80"))
+        for seed in first(cells, arm)
+    ]
+    interval = t_interval(values)
+    bounds = "no interval" if interval is None else f"95 % interval [{interval.low:+.2f}, {interval.high:+.2f}]"
+    contrast = f"gain at 90 % minus gain at 80 %: {fmean(values):+.2f} points, {bounds}, n = {len(values)}"
+    return f"**Higher sparsity**: {contrast}."
+
+
+def verdict(candidate: str, reference: str, gap: Difference) -> str:
+    """The primary contrast in plain words."""
+    interval = gap.interval
+    if interval is None:
+        return f"**Primary contrast**: {candidate} minus {reference}: {gap.mean:+.2f} points; no interval can be given."
+    if interval.low > 0:
+        said = f"{candidate} is better"
+    elif interval.high < 0:
+        said = f"{candidate} is worse"
+    elif interval.low > -EQUIVALENT and interval.high < EQUIVALENT:
+        said = f"there is no difference larger than {EQUIVALENT:g} points"
+    else:
+        said = "these runs cannot tell them apart"
+    return (
+        f"**Primary contrast**: {candidate} minus {reference}, mean over the cells: {gap.mean:+.2f} points, 95 % "
+        f"interval [{interval.low:+.2f}, {interval.high:+.2f}], n = {gap.n} seeds: {said}."
+    )
+
+
+def words(gap: Difference, *, simultaneous: bool) -> list[str]:
+    """Mean, interval and n of a difference."""
+    interval = gap.simultaneous if simultaneous else gap.interval
+    return [f"{gap.mean:+.2f}", "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]", f"{gap.n}"]
+
+
+def by_arm(found: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Arm -> seed -> row."""
+    groups: dict[str, dict[int, Row]] = {}
+    for row in found:
+        groups.setdefault(row["arm"], {})[int(row["seed"])] = row
+    return groups
+
+
+def first(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str) -> list[int]:
+    """The seeds of an arm."""
+    return sorted(next(iter(cells.values()))[arm])
+
+
+def column(seeds: Mapping[int, Row], key: str) -> dict[int, float]:
+    """Seed -> value in percent."""
+    return {seed: 100 * float(row[key]) for seed, row in seeds.items()}
+
+
+def mean(seeds: Mapping[int, Row], key: str) -> float:
+    """In percent."""
+    return fmean(column(seeds, key).values())
+
+
+def spread(seeds: Mapping[int, Row], key: str) -> str:
+    """Standard deviation in percent."""
+    value = deviation(list(column(seeds, key).values()))
+    return "-" if value is None else f"{value:.2f}"
+
+
+def number(seeds: Mapping[int, Row], key: str, factor: float, form: str) -> str:
+    """The mean over the runs that have the value."""
+    values = [factor * row[key] for row in seeds.values() if row[key] != ""]
+    return format(fmean(values), form) if values else "-"
+
+
+def ratio(seeds: Mapping[int, Row]) -> str:
+    """||e|| / ||w||."""
+    values = [
+        r["displacement"] / r["weight_norm"] for r in seeds.values() if r["displacement"] != "" and r["weight_norm"]
+    ]
+    return f"{fmean(values):.4f}" if values else "-"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))

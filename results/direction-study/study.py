@@ -1,0 +1,256 @@
+"""Screening and confirmation of displacement directions; protocol.md says what is done and why.
+
+    python results/direction-study/study.py data --source FOLDER   # proxy.npz from CIFAR-10 as parquet files
+    python results/direction-study/study.py baselines|screening|confirmation [--jobs 2]
+    python results/direction-study/study.py report                 # raw.csv -> tables on the screen and in report.md
+
+Every stage can be stopped and repeated: finished runs stand in raw.csv and are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from s2sam.suite.pool import train_all
+from s2sam.suite.settings import make_config
+from s2sam.train.config import TrainConfig
+
+HERE = Path(__file__).resolve().parent
+RAW, DATA, RUNS = HERE / "raw.csv", HERE / "proxy.npz", HERE / "runs"
+CHANCE = 0.25
+CLASSES = ("airplane", "automobile", "ship", "truck")
+SCREENED, CONFIRMED = range(8), range(1000, 1008)
+CELLS = {"static80": ("static", 0.8), "static90": ("static", 0.9), "rigl80": ("rigl", 0.8), "rigl90": ("rigl", 0.9)}
+COMMON: dict[str, Any] = {
+    "data": str(DATA), "model": "resnet8", "epochs": 80, "batch_size": 64, "lr": 0.1, "device": "cpu",
+    "channels_last": True, "evaluate_every": 80, "sam.stats_every": 50, "sparse.options": {"delta_t": 50},
+    "optim.weight_decay": 5e-4, "data_options.val_fraction": 5 / 7,
+}  # fmt: skip
+FIELDS = (
+    "stage", "cell", "arm", "seed", "lr", "weight_decay", "val_top1", "test_top1", "recalibrated_test_top1",
+    "train_loss", "train_top1", "displacement", "weight_norm", "alignment", "sparsity", "step_seconds", "outcome",
+    "version",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def make_data(source: Path) -> None:
+    """Four classes, pooled 2x2: 5,600 images for training and validation, 4,000 for the test, always the same ones."""
+    import torch
+
+    from s2sam.data import load_data
+
+    data, rng = load_data(source, val_fraction=0.0), np.random.default_rng(0)
+    wanted = [data.classes.index(name) for name in CLASSES]
+    arrays = {}
+    for split, each in (("train", 1400), ("test", 1000)):
+        x, y = data.split(split)
+        pooled = torch.nn.functional.avg_pool2d(x.float(), 2).round().to(torch.uint8).numpy()
+        order = rng.permutation(len(y))
+        rows = np.concatenate([order[y.numpy()[order] == label][:each] for label in wanted])
+        arrays |= {f"{split}_x": pooled[rows], f"{split}_y": np.repeat(np.arange(len(wanted)), each)}
+    np.savez_compressed(DATA, classes=np.array(CLASSES), **arrays)
+
+
+def config(cell: str, seed: int, changes: Mapping[str, Any], name: str) -> TrainConfig:
+    """The configuration of one run."""
+    method, sparsity = CELLS[cell]
+    flat = COMMON | {"sharpness": "s2sam"} | dict(changes)
+    return make_config(flat, method=method, sparsity=sparsity, seed=seed, out=str(RUNS / name))
+
+
+def rows() -> list[Row]:
+    """What raw.csv holds, numbers as numbers."""
+    if not RAW.exists():
+        return []
+    with RAW.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    text = {"stage", "cell", "arm", "outcome", "version"}
+    return [{k: v if k in text or v == "" else float(v) for k, v in row.items()} for row in found]
+
+
+def run(stage: str, wanted: Iterable[tuple[str, str, int, Mapping[str, Any]]], jobs: int) -> None:
+    """Train what raw.csv does not hold yet: (cell, arm, seed, changes)."""
+    done = {(r["stage"], r["cell"], r["arm"], int(r["seed"])) for r in rows()}
+    todo = {}
+    for cell, arm, seed, changes in wanted:
+        if (stage, cell, arm, seed) not in done:
+            name = f"{stage}-{cell}-{arm}-{seed}"
+            todo[name] = (cell, arm, seed, config(cell, seed, changes, name))
+    if not todo:
+        return
+    console = Console(highlight=False)
+    # in portions, so that an interruption loses no more than one of them
+    names = list(todo)
+    for start in range(0, len(names), 4 * jobs):
+        part = names[start : start + 4 * jobs]
+        outcomes = train_all({name: todo[name][3] for name in part}, jobs, console)
+        write(record(stage, *todo[name], final, reason) for name, final, reason in outcomes)
+
+
+def record(
+    stage: str, cell: str, arm: str, seed: int, settings: TrainConfig, final: Mapping[str, Any] | None, reason: str
+) -> Row:
+    """One row of raw.csv."""
+    from s2sam import __version__
+
+    row: Row = {
+        "stage": stage, "cell": cell, "arm": arm, "seed": seed, "lr": settings.lr,
+        "weight_decay": settings.optim.weight_decay, "outcome": reason or "ok", "version": __version__,
+    }  # fmt: skip
+    if final is None:
+        if "diverged" not in reason:
+            raise RuntimeError(f"{stage} {cell} {arm} seed {seed}: {reason}")
+        return row | {"val_top1": CHANCE, "test_top1": CHANCE}
+    lines = [json.loads(line) for line in (settings.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in lines if r["kind"] == "step"]
+    last = [r for r in lines if r["kind"] == "epoch"][-1]
+    row |= {key: final[key] for key in ("val_top1", "test_top1", "recalibrated_test_top1", "sparsity", "step_seconds")}
+    row |= {key: last[key] for key in ("train_loss", "train_top1")}
+    for key in ("displacement", "alignment"):  # means over the run
+        values = [r[key] for r in steps if key in r]
+        row[key] = float(np.mean(values)) if values else ""
+    weights = load_file(settings.folder / "model.safetensors")
+    row["weight_norm"] = sum(float(w.double().square().sum()) for w in weights.values() if w.ndim > 1) ** 0.5
+    return row
+
+
+def write(new: Iterable[Row]) -> None:
+    """Append rows to raw.csv."""
+    begin = not RAW.exists()
+    with RAW.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        if begin:
+            writer.writeheader()
+        writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in new)
+
+
+def means(stage: str, cell: str, key: str = "val_top1") -> dict[str, float]:
+    """Mean over seeds by arm."""
+    found: dict[str, list[float]] = {}
+    for row in rows():
+        if row["stage"] == stage and row["cell"] == cell:
+            found.setdefault(row["arm"], []).append(row[key])
+    return {arm: float(np.mean(values)) for arm, values in found.items()}
+
+
+def arms() -> dict[str, Any]:
+    """What arms.yaml holds."""
+    found: dict[str, Any] = yaml.safe_load((HERE / "arms.yaml").read_text())
+    return found
+
+
+def settings_grid() -> list[dict[str, Any]]:
+    """The settings of stage 1."""
+    grid = arms()["grid"]
+    return [{"lr": lr, "optim.weight_decay": wd} for lr in grid["lr"] for wd in grid["optim.weight_decay"]]
+
+
+def label(arm: str, setting: Mapping[str, Any]) -> str:
+    """The name of a trial of stage 1."""
+    return f"{arm} lr {setting['lr']:g} wd {setting['optim.weight_decay']:g}"
+
+
+def baselines(jobs: int) -> None:
+    """Stage 1."""
+    run(
+        "baselines",
+        [
+            ("static80", label(arm, setting), seed, changes | setting)
+            for arm, changes in arms()["baselines"].items()
+            for setting in settings_grid()
+            for seed in (0, 1)
+        ],
+        jobs,
+    )
+
+
+def chosen(arm: str) -> dict[str, Any]:
+    """The setting of a baseline with the best mean validation accuracy."""
+    scores = means("baselines", "static80")
+    return max(settings_grid(), key=lambda setting: scores[label(arm, setting)])
+
+
+def treatments() -> dict[str, dict[str, Any]]:
+    """Every arm with its settings: each baseline its own, all others those of SGD."""
+    found = arms()
+    own = {arm: changes | chosen(arm) for arm, changes in found["baselines"].items()}
+    return own | {arm: chosen("sgd") | changes for arm, changes in {**found["context"], **found["arms"]}.items()}
+
+
+def screening(jobs: int) -> str:
+    """Stage 2; returns the candidate."""
+    everything = treatments()
+    rivals = list(arms()["arms"])
+    fixed = [arm for arm in everything if arm not in rivals]
+    for keep, seeds in ((len(rivals), (0, 1)), (6, (2, 3)), (2, (4, 5, 6, 7))):
+        scores = means("screening", "static80")
+        rivals = sorted(rivals, key=lambda arm: -scores.get(arm, 0.0))[:keep]
+        run(
+            "screening",
+            [("static80", arm, seed, everything[arm]) for arm in (*fixed, *rivals) for seed in seeds],
+            jobs,
+        )
+    scores = means("screening", "static80")
+    return max(rivals, key=lambda arm: scores[arm])
+
+
+def baseline() -> str:
+    """The better of the baselines, by validation accuracy in stage 2."""
+    scores = means("screening", "static80")
+    return max(arms()["baselines"], key=lambda arm: scores[arm])
+
+
+def confirmation(jobs: int) -> None:
+    """Stage 3."""
+    everything, candidate = treatments(), screening(jobs)
+    noise = everything[candidate] | {"sam.direction": "random"}
+    if noise.get("sam.scale") == "step":  # of the length that the candidate had
+        lengths = [r["displacement"] for r in rows() if r["stage"] == "screening" and r["arm"] == candidate]
+        noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
+    wanted = {
+        baseline(): everything[baseline()],
+        candidate: everything[candidate],
+        "+g-0.05": everything["+g-0.05"],
+        "noise like the candidate": noise,
+    }
+    run(
+        "confirmation",
+        [(cell, arm, seed, changes) for seed in CONFIRMED for cell in CELLS for arm, changes in wanted.items()],
+        jobs,
+    )
+
+
+def main() -> None:
+    """One stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("data", "baselines", "screening", "confirmation", "report"))
+    parser.add_argument("--source", type=Path, help="folder with train.parquet and test.parquet of CIFAR-10")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    if options.stage == "data":
+        if options.source is None:
+            parser.error("give --source FOLDER, with train.parquet and test.parquet of CIFAR-10")
+        make_data(options.source)
+    elif options.stage == "report":
+        from analyse import report
+
+        Console(highlight=False).print(report(), markup=False, soft_wrap=True)
+    else:
+        if not DATA.exists():
+            parser.error("proxy.npz is missing; make it with the stage 'data'")
+        {"baselines": baselines, "screening": screening, "confirmation": confirmation}[options.stage](options.jobs)
+
+
+if __name__ == "__main__":
+    main()
