@@ -1,4 +1,4 @@
-"""The contestants: SGD, S2-SAM in both directions, SAM, RigL, and RigL with S2-SAM, each with a network of its own."""
+"""The contestants: SGD, S2-SAM with several options, SAM, RigL, RigL with S2-SAM, each with a network of its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from s2sam import S2SAM, SAM, sparsify
 RHO, SPARSITY = 0.05, 0.9
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 BASES: dict[str, dict[str, bool]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+VARIANTS: dict[str, dict[str, str]] = {
+    "s2sam-momentum": {"direction": "momentum"},
+    "s2sam-ema": {"direction": "ema"},
+    "s2sam-random": {"direction": "random"},
+    "s2sam-step": {"scale": "step"},
+    "s2sam-filter": {"scale": "filter"},
+    "s2sam-norm-layers": {"scope": "norm"},
+}  #: what differs from the defaults of S2SAM
 DELTA_T = 100  #: RigL's steps between topology updates, over which the cost of an update is spread
 
 
@@ -93,7 +101,7 @@ def make_arm(
     base: str = "default",
     delta_t: int = DELTA_T,
 ) -> Arm:
-    """One contestant: "sgd", "s2sam-gradient", "s2sam-momentum", "sam", "rigl" or "rigl+s2sam", ready to be timed."""
+    """One contestant, ready: "sgd", "s2sam-gradient", one of :data:`VARIANTS`, "sam", "rigl" or "rigl+s2sam"."""
     model = build().train()
     optimizer = torch.optim.SGD(model.parameters(), **SGD, **BASES[base])
     arm = Arm(model, optimizer, batch)
@@ -110,8 +118,7 @@ def make_arm(
     if kind == "sam":
         arm.sam, arm.needs_closure = SAM(optimizer, model=model, rho=RHO), True
     elif "s2sam" in kind:
-        direction = "momentum" if kind.endswith("momentum") else "gradient"
-        arm.sam = S2SAM(optimizer, model=model, rho=RHO, direction=direction)
+        arm.sam = S2SAM(optimizer, model=model, rho=RHO, **VARIANTS.get(kind, {}))
     arm.capture()
     for _ in range(3):  # state exists, directions exist
         arm.refresh()

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from _arms import BASES, DELTA_T, RHO, SGD, SPARSITY, Arm, make_arm
+from _arms import BASES, DELTA_T, RHO, SGD, SPARSITY, VARIANTS, Arm, make_arm
 from _counters import OpCounter, count_passes, live_bytes
 from _environment import ROOT, environment, slug
 from _timing import Clock, abba, bootstrap, interleaved, median
@@ -38,6 +38,7 @@ from _vit import ViTTiny
 from s2sam.models import create_model
 
 KINDS = ("s2sam-gradient", "s2sam-momentum", "sam", "rigl", "rigl+s2sam")
+COUNTED = (*KINDS, *(kind for kind in VARIANTS if kind not in KINDS))  #: not all of them are timed
 RATIO_BAR, CALLS_BAR, BYTES_BAR, BUFFERS_BAR = 1.03, 20, 64, 1.0
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -120,30 +121,42 @@ def measure_pairs(build: Callable[[], nn.Module], batch: Batch, clock: Clock, ro
 
 
 class HundredTensors(nn.Module):
-    """100 weights of 64 x 72: about as many tensors, and as many entries, as ResNet-32 has."""
+    """100 weights of 64 x 72: about as many tensors, and entries, as ResNet-32 has; and `norms` LayerNorms behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, norms: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(72, 64, bias=False) for _ in range(100)])
+        self.norms = nn.ModuleList([nn.LayerNorm(64) for _ in range(norms)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Every layer sees the first 72 pixels; the first 10 outputs of their sum are the logits."""
+        """Every layer sees the first 72 pixels; the first 10 outputs of their sum, normalised, are the logits."""
         x = x.flatten(1)[:, :72]
-        return torch.stack([layer(x) for layer in self.layers]).sum(0)[:, :10]
+        x = torch.stack([layer(x) for layer in self.layers]).sum(0)
+        for norm in self.norms:
+            x = norm(x)
+        return x[:, :10]
 
 
 def measure_counters(batch: Batch) -> dict[str, Any]:
-    """Calls, bytes, syncs and memory that S2-SAM and RigL's masks add to the base step, for 100 tensors, one group."""
+    """Calls, bytes, syncs and memory that S2-SAM and RigL's masks add to the base step, for 100 tensors, one group.
+
+    "s2sam-norm-layers" is counted on a network with 30 LayerNorms more, against SGD on the same network.
+    """
 
     def build() -> nn.Module:
         return HundredTensors().to(batch[0].device)
 
+    def normed() -> nn.Module:
+        return HundredTensors(norms=30).to(batch[0].device)
+
     out: dict[str, Any] = {"tensors": 100, "bases": {}}
     for base in BASES:
-        plain = _counted("sgd", build, batch, base)
-        rows = {"sgd": plain}
-        for kind in KINDS:
-            its = _counted(kind, build, batch, base)
+        rows = {"sgd": _counted("sgd", build, batch, base)}
+        beside = _counted("sgd", normed, batch, base)
+        for kind in COUNTED:
+            scoped = "scope" in VARIANTS.get(kind, {})  # needs layers that the others do not have
+            plain = beside if scoped else rows["sgd"]
+            its = _counted(kind, normed if scoped else build, batch, base)
             rows[kind] = {**its, **{f"added_{key}": round(its[key] - plain[key], 3) for key in plain}}
         out["bases"][base] = rows
     return out

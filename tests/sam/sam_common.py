@@ -90,3 +90,24 @@ def attached(factory="sgd", dtype=torch.float64, warm=3, rho=0.3, **options):
 def moved(net: nn.Module, w) -> float:
     """Distance of the parameters from `w`."""
     return total([p - q for p, q in zip(net.parameters(), w, strict=True)])
+
+
+def displacement(net, sam):
+    """e of the next window, in float64."""
+    w = snapshot(net)
+    with sam.displaced():
+        return [p.detach().double() - q.double() for p, q in zip(net.parameters(), w, strict=True)]
+
+
+def counted(net, optimizer, sam):
+    """Calls and bytes of the fourth step on fixed gradients."""
+    from _counters import OpCounter  # not on the path of the fresh processes that some tests start
+
+    for _ in range(4):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        with OpCounter() as count:
+            if sam:
+                sam.displace()
+            optimizer.step()
+    return count

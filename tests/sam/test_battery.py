@@ -47,7 +47,7 @@ ORDERS = {"sparsify-first": ("sparsify", "s2sam"), "s2sam-first": ("s2sam", "spa
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", BATTERY)
 def test_equals_the_masked_reference(name, order, use_closure):
-    for direction in ("gradient",) if name in WITHOUT_MOMENTUM else ("gradient", "momentum"):
+    for direction in ("gradient", "ema") if name in WITHOUT_MOMENTUM else ("gradient", "momentum", "ema"):
         net, twin = make_net(), make_net()
         names = [n for n, _ in net.named_parameters()]
         optimizer = FACTORIES[name](net.parameters())

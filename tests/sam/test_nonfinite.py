@@ -7,7 +7,8 @@ from sam_common import FACTORIES, WITHOUT_MOMENTUM, make_data, make_net, same, s
 from torch import nn
 
 from s2sam import S2SAM
-from s2sam.sam.displacement import SCALES, choose_, copy_unless_
+from s2sam.sam.displacement import choose_, copy_unless_
+from s2sam.sam.scales import SCALES
 
 NAMES = ("sgd", "sgd-foreach", "sgd-fused", "adamw", "adamw-fused", "nadam", "adafactor", "muon")
 RHO = 0.3

@@ -113,6 +113,10 @@ def saved_at(moment, run):
         ("sgd-fused", "gradient"),
         ("adamw", "gradient"),
         ("adamw-fused", "gradient"),
+        ("sgd", "ema"),
+        ("adamw-fused", "ema"),
+        ("adamw", "random"),
+        ("sgd-fused", "random"),
     ],
 )
 def test_resuming_in_fresh_objects_is_bit_equal(factory, direction, moment, order, data):
@@ -302,15 +306,17 @@ def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changes(data):
 
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("moment", ["between steps", "inside a window"])
-@pytest.mark.parametrize("factory", ["sgd", "adamw"])
-def test_distributed_checkpoint_state_dicts_on_one_process(factory, moment, flatten, data):
+@pytest.mark.parametrize(
+    ("factory", "direction"), [("sgd", "gradient"), ("adamw", "gradient"), ("sgd", "random"), ("sgd", "ema")]
+)
+def test_distributed_checkpoint_state_dicts_on_one_process(factory, direction, moment, flatten, data):
     dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
-    run = Run(factory)
+    run = Run(factory, direction)
     rest = come_to(moment, run, data)
     model = copy.deepcopy(dcp.get_model_state_dict(run.net))
     optimizer = copy.deepcopy(dcp.get_optimizer_state_dict(run.net, run.optimizer, options=options))
-    fresh = Run(factory, seed=5)
+    fresh = Run(factory, direction, seed=5)
     dcp.set_model_state_dict(fresh.net, model)
     dcp.set_optimizer_state_dict(fresh.net, fresh.optimizer, optimizer, options=options)
     fresh.scheduler.load_state_dict(run.scheduler.state_dict())

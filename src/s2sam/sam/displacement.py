@@ -11,47 +11,17 @@ Cost per opened and closed window, in bytes per fp32 parameter: displace 28 + re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from s2sam.sam.norms import constant, total_norm
+from s2sam.tensors import kinds
+
+if TYPE_CHECKING:
+    from s2sam.sam.scales import Scale
 
 SCRATCH_BYTES = 24 << 20  #: moves work through at most this much scratch memory (twice that where two are alive)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How long e is: e = rho * size * |w|^power d / || |w|^(power / 2) d ||, with size = ||w|| if `relative`, else 1.
-
-    Zero weights (pruned ones) get e = 0 if power > 0; otherwise e is 0 where d is, which masked gradients ensure.
-    """
-
-    power: int = 0
-    relative: bool = False
-
-    def shaped(self, d: list[Tensor], w: list[Tensor]) -> list[Tensor]:
-        """|w|^power d (power 0 or 2), as new tensors unless power is 0."""
-        if self.power == 0:
-            return d
-        conjugate = [t.conj() for t in w] if w[0].is_complex() else w
-        return list(torch._foreach_mul(torch._foreach_mul(d, w), conjugate))
-
-    def coefficient(self, rho: float, d_norm: Tensor, w_norm: Tensor | None) -> Tensor:
-        """The number c in e = c |w|^power d."""
-        size = constant(rho, d_norm.device, d_norm.dtype)
-        return (size if w_norm is None else size * w_norm) / d_norm
-
-    def direction_norm(self, d: list[Tensor], w: list[Tensor]) -> Tensor:
-        """|| |w|^(power / 2) d ||_2, never 0."""
-        if self.power == 0:
-            return total_norm(d, floor=True)
-        parts = [total_norm(list(torch._foreach_mul(dd, ww))) for dd, ww in pieces(d, w)]
-        return total_norm(parts, floor=True)
-
-
-SCALES = {"norm": Scale(), "relative": Scale(relative=True), "asam": Scale(power=2)}
 
 
 def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
@@ -75,7 +45,7 @@ def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 
 
 def displace_(p: list[Tensor], b: list[Tensor], d: list[Tensor], c: Tensor, scale: Scale) -> None:
-    """p: w -> w + c |w|^power d; b: -> w. `d` may be `b` itself."""
+    """p: w -> w + c shaped(d, w); b: -> w. `d` may be `b` itself."""
     for w, keep, direction in pieces(p, b, d):
         e = torch._foreach_mul(scale.shaped(direction, w), c)
         torch._foreach_copy_(keep, w)
@@ -99,7 +69,7 @@ def choose_(
     """
     kept = twin if ratio == 1 else twin.to(c.dtype) * ratio
     for w, keep, direction in pieces(p, b, d):
-        if scale.power == 0:
+        if scale.plain:
             e = torch._foreach_mul(direction, torch.addcmul(kept, c, fresh))
         else:
             e = torch._foreach_mul(scale.shaped(direction, w), c * fresh)
@@ -132,28 +102,26 @@ def reopen_(p: list[Tensor], b: list[Tensor], ratio: float) -> None:
         torch._foreach_add_(w, e)
 
 
-def copy_unless_(b: list[Tensor], g: list[Tensor], flag: Tensor) -> None:
-    """b <- g where `flag` is 0, nothing where it is 1, without asking the host. Cost: 16 bytes, or none.
+def copy_unless_(b: list[Tensor], g: list[Tensor], flag: Tensor, *, keep: float = 0.0) -> None:
+    """b <- keep b + (1 - keep) g where `flag` is 0, nothing where it is 1, without asking the host.
 
-    torch's fused SGD kernel does nothing at all, and reads nothing but the flag, if `found_inf` is 1; and in its
-    first step with momentum it *sets* the momentum buffer to the gradient. The parameters it moves are g, by lr = 0.
+    torch's fused SGD kernel does nothing at all, and reads nothing but the flag, if `found_inf` is 1; its momentum
+    buffer is this mean, or in its first step the gradient. The parameters it moves are g, by lr = 0.
+    Cost: 16 bytes (20 with `keep`), or none.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}  # the kernel takes one device and dtype
-    for i, t in enumerate(g):
-        kinds.setdefault((t.device, t.dtype), []).append(i)
-    for (device, _), chosen in kinds.items():
+    for chosen in kinds(g):  # the kernel takes one device and dtype
         part = [g[i] for i in chosen]
         torch._fused_sgd_(
             part,
             part,
             [b[i] for i in chosen],
             weight_decay=0.0,
-            momentum=1.0,
+            momentum=keep or 1.0,
             lr=0.0,
-            dampening=0.0,
+            dampening=keep,
             nesterov=False,
             maximize=False,
-            is_first_step=True,
+            is_first_step=keep == 0,
             grad_scale=None,
-            found_inf=flag.to(device),
+            found_inf=flag.to(part[0].device),
         )

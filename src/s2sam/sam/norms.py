@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from s2sam.tensors import by_kind
 
 FLOOR = 1e-19  #: its square is the smallest normal fp32 number
 
@@ -49,14 +51,6 @@ def total_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Re <a, b> over all entries, accumulated like :func:`total_norm`."""
     dots = [torch.sum(widen(x) * widen(y).conj()).real for x, y in zip(a, b, strict=True)]
     return torch.stack([d.to(a[0].device) for d in dots]).sum() if dots else torch.zeros(())
-
-
-def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors as lists of one device and dtype each, order kept (what foreach kernels are fast on)."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for t in tensors:
-        kinds.setdefault((t.device, t.dtype), []).append(t)
-    return list(kinds.values())
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:

@@ -23,8 +23,10 @@ class ReferenceS2SAM:
         weights: the initial w, one tensor per parameter; copied.
         make_optimizer: builds the base optimizer from the list of weights (in groups, each with its "rho").
         masks: one boolean tensor or None per parameter; replace entries of `self.masks` to change the topology.
-        direction, sign, scale: as in S2SAM.
+        direction, sign, scale, ema_beta: as in S2SAM.
         factor: multiplies rho, a function of the number of finished steps.
+        scope: which parameters take part; None = all.
+        noise: for direction "random": one tensor per parameter, a function of the number of finished steps.
 
     Cost: three copies of the parameters and a Python loop per tensor.
 
@@ -46,12 +48,19 @@ class ReferenceS2SAM:
         direction: str = "gradient",
         sign: int = 1,
         scale: str = "norm",
+        ema_beta: float = 0.9,
         factor: Callable[[int], float] = lambda step: 1.0,
+        scope: Sequence[bool] | None = None,
+        noise: Callable[[int], Sequence[Tensor]] | None = None,
     ) -> None:
         self._w = [w.detach().clone().requires_grad_() for w in weights]
         self.optimizer = make_optimizer(self._w)
         self.masks: list[Tensor | None] = list(masks) if masks is not None else [None] * len(self._w)
         self.gradients: list[Tensor | None] = [None] * len(self._w)
+        self.means: list[Tensor | None] = [None] * len(self._w)
+        self.noises: list[Tensor | None] = [None] * len(self._w)
+        self.ema_beta, self.noise = ema_beta, noise
+        self.scope = [True] * len(self._w) if scope is None else list(scope)
         self.direction, self.sign, self.scale, self.factor = direction, sign, scale, factor
         self.steps = 0
 
@@ -62,9 +71,13 @@ class ReferenceS2SAM:
 
     def displaced(self) -> list[Tensor]:
         """New tensors x = w + e; w itself does not change."""
-        rho = {id(p): g["rho"] * self.factor(self.steps) for g in self.optimizer.param_groups for p in g["params"]}
+        groups = self.optimizer.param_groups
+        rho = {id(p): g["rho"] * self.factor(self.steps) for g in groups for p in g["params"]}
+        lr = {id(p): g["lr"] for g in groups for p in g["params"]}
         with torch.no_grad():
-            directions = [self._direction(i) if rho[id(w)] > 0 else None for i, w in enumerate(self._w)]
+            directions = [
+                self._direction(i) if rho[id(w)] > 0 and self.scope[i] else None for i, w in enumerate(self._w)
+            ]
             weighted = [
                 None if d is None else (d * w.abs() if self.scale == "asam" else d)
                 for d, w in zip(directions, self._w, strict=True)
@@ -74,7 +87,13 @@ class ReferenceS2SAM:
             out = []
             for w, d in zip(self._w, directions, strict=True):
                 x = w.detach().clone()
-                if d is not None and norm > 0:
+                if d is not None and self.scale == "step":
+                    x = x + self.sign * rho[id(w)] * lr[id(w)] * d
+                elif d is not None and self.scale == "filter":
+                    for f in range(w.shape[0] if w.dim() > 1 else 0):
+                        if _norm([d[f]]) > 0:
+                            x[f] = w[f] + self.sign * rho[id(w)] * _norm([w[f]]) * d[f] / _norm([d[f]])
+                elif d is not None and norm > 0:
                     e = self.sign * rho[id(w)] * d / norm
                     if self.scale == "relative":
                         e = e * size
@@ -99,11 +118,30 @@ class ReferenceS2SAM:
                 for g, old in zip(masked, self.gradients, strict=True)
             ]
             self._mask()
+            self._remember(masked)
         self.steps += 1
+
+    @torch.no_grad()
+    def _remember(self, gradients: Sequence[Tensor | None]) -> None:
+        """The mean of the gradients, and noise where a gradient or a weight is not 0."""
+        draws = self._w if self.noise is None else self.noise(self.steps)
+        for i, (w, g, n, m) in enumerate(zip(self._w, gradients, draws, self.masks, strict=True)):
+            old = self.means[i]
+            if g is not None or old is not None:
+                now = torch.zeros_like(w) if g is None else g
+                before = torch.zeros_like(w) if old is None else old
+                mean = self.ema_beta * before + (1 - self.ema_beta) * now
+                self.means[i] = mean if m is None else mean * m
+            if g is not None or self.noises[i] is not None:
+                self.noises[i] = torch.zeros_like(w) if g is None else n * ((g != 0) | (w != 0))
 
     def _direction(self, i: int) -> Tensor | None:
         if self.direction == "gradient":
             return self.gradients[i]
+        if self.direction == "ema":
+            return self.means[i]
+        if self.direction == "random":
+            return self.noises[i]
         state = self.optimizer.state.get(self._w[i], {})
         momentum: Tensor | None = state.get("momentum_buffer", state.get("exp_avg"))
         return momentum

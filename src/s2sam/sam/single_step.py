@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,34 +22,30 @@ from s2sam.hooks import (
     release_sharpness,
     step_hooks,
 )
-from s2sam.sam.displacement import SCALES
+from s2sam.sam.blocks import Block, Flag, coefficients
+from s2sam.sam.directions import make_direction
+from s2sam.sam.guard import guard
 from s2sam.sam.looks import Looks
 from s2sam.sam.model_hooks import check_models, hook_models
-from s2sam.sam.norms import all_finite, largest, total_norm
-from s2sam.sam.slot import KEY, STEP, TWINS, Block, Flag, Slot
+from s2sam.sam.norms import all_finite, largest
+from s2sam.sam.options import Options, paper_options
+from s2sam.sam.scales import SCALES
+from s2sam.sam.scope import Scope
+from s2sam.sam.slot import Slot
 from s2sam.sam.stats import Stats
-
-DIRECTIONS = ("gradient", "momentum")
-CLEAN_GRADIENT = (
-    "S2SAM: the gradients were taken at the clean weights, not at the displaced ones, so this step would be plain "
-    "{name}. Pass model=... and call that model itself in training mode with gradients enabled, or call sam.displace() "
-    "before the forward. (Not counted: sub-modules called directly, functional_call with other tensors, model.eval(), "
-    "torch.no_grad(). Stale gradients do count: use zero_grad(set_to_none=True). Missed: a step that mixes displaced "
-    "and clean forwards. To accept it: on_clean_grad='ignore'.)"
-)
 
 
 class S2SAM:
     r"""Displace every training forward by the previous step's direction; the base optimizer steps from clean weights.
 
     .. math::
-        e_t = \rho\, d_{t-1} / \|d_{t-1}\|_2, \qquad g_t = \nabla L_t(w_t + e_t), \qquad
+        e_t = s \rho\, d_{t-1} / \|d_{t-1}\|_2, \qquad g_t = \nabla L_t(w_t + e_t), \qquad
         w_{t+1} = w_t - \eta\,\mathrm{base}(g_t, w_t)
 
-    with :math:`d = g` ("gradient", the paper) or the base optimizer's momentum buffer ("momentum"). The norm is one
-    number over all parameters of all optimizers given; pruned coordinates are 0 in d and so in e. Weight decay,
-    momentum and masks act at w. The first step is plain (there is no direction yet), and so is every step with rho = 0,
-    bit for bit.
+    The published method is direction g_{t-1}, s = +1 and this length (:meth:`paper`); `direction`, `sign`, `scale` and
+    `scope` change one thing each. The norm is one number over all parameters in scope of all optimizers given; pruned
+    coordinates are 0 in d and so in e. Weight decay, momentum and masks act at w. The first step is plain (there is no
+    direction yet), and so is every step with rho = 0, bit for bit.
 
     The window: with `model`, a training forward (module.training, gradients enabled) of exactly that module moves p
     from w to x = w + e; `optimizer.step()` moves it back before anything else. A no-grad or eval forward inside a
@@ -62,10 +57,20 @@ class S2SAM:
         model: Module or list of Modules whose training forwards open the window. Without it use `displaced()`,
             `displace()`, or `optimizer.step(closure)`, which displaces around the closure.
         rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts); or a
-            function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none).
-        direction: "gradient" or "momentum". SGD's momentum contains coupled weight decay; `stats` logs its share.
-        sign: +1 (the paper) or -1 (the lookahead side).
-        scale: "norm" (\|e\| = rho), "relative" (\|e\| = rho \|w\|) or "asam" (e = rho w^2 d / \| \|w\| d \|).
+            function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none), such
+            as those of :mod:`s2sam.sam.rho`.
+        direction: "gradient", g_{t-1}; "momentum", the base optimizer's buffer (SGD's contains coupled weight decay;
+            `stats` logs its share); "ema", a mean of the gradients; "random", N(0, 1) on active coordinates, a control.
+        sign: s, +1 (the paper) or -1 (the lookahead side).
+        scale: "norm" (\|e\| = rho), "relative" (\|e\| = rho \|w\|), "asam" (e = rho w^2 d / \| \|w\| d \|), "step"
+            (e = rho lr d with the group's learning rate when the window opens: for SGD, sign -1, direction "momentum"
+            and rho = momentum this is Nesterov's point; for adaptive optimizers d is not their update), or "filter"
+            (\|e_f\| = rho \|w_f\| for each slice f along dim 0; tensors with fewer than 2 dims stay where they are).
+        scope: "all", "weights" (tensors with at least 2 dims) or "norm" (what normalisation layers of `model` own).
+            Parameters out of scope have no buffer and are in no norm and not in the guard.
+        ema_beta: d_t = beta d_{t-1} + (1 - beta) g_t, for direction "ema".
+        generator: seeds the draws of direction "random"; None = one seeded from rank 0's `torch.initial_seed()`. The
+            seed is in the optimizer's state_dict.
         nonfinite: "auto" and "skip" leave weights, state, direction and masks bit-unchanged if a gradient is not
             finite; "ignore" does not look. Fused optimizers skip on the device, without a host sync; others read one
             number.
@@ -73,11 +78,13 @@ class S2SAM:
         stats_every: measure `stats` every so many steps; 0 = never.
 
     Raises:
-        ValueError: an argument is out of range, the optimizer already has a sharpness method, its hooks never fire, it
+        ValueError: an argument is out of range or without effect beside another, nothing is in scope, a function for
+            rho returns no finite number >= 0, the optimizer already has a sharpness method, its hooks never fire, it
             calls closures repeatedly, or it shares no parameter with the model.
         RuntimeError: see on_clean_grad; or the window would open while a backward runs (reentrant checkpointing).
 
-    Cost: one gradient a step, one buffer per parameter, 52 bytes of traffic per fp32 parameter and step (fused: 60).
+    Cost: one gradient a step, one buffer per parameter in scope ("ema": two), 52 bytes of traffic per fp32 parameter
+    and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not.
 
     Source: Ji et al., NeurIPS 2024 (S2-SAM). Their code (jjsrf/SSAM-NEURIPS2024:sam.py) never perturbs on torch >= 2.
 
@@ -102,34 +109,60 @@ class S2SAM:
         direction: str = "gradient",
         sign: int = 1,
         scale: str = "norm",
+        scope: str = "all",
+        ema_beta: float = 0.9,
+        generator: torch.Generator | None = None,
         nonfinite: str = "auto",
         on_clean_grad: str = "raise",
         stats_every: int = 0,
     ) -> None:
-        self.optimizers = check_optimizers(optimizer)
-        models = check_models(model)
-        for name, value, allowed in (
-            ("direction", direction, DIRECTIONS),
-            ("sign", sign, (1, -1)),
-            ("scale", scale, tuple(SCALES)),
-            ("nonfinite", nonfinite, ("auto", "skip", "ignore")),
-            ("on_clean_grad", on_clean_grad, ("raise", "warn", "ignore")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        self.optimizers, models = check_optimizers(optimizer), check_models(model)
+        options = Options(direction, sign, scale, scope, ema_beta, generator, nonfinite, on_clean_grad)
+        options.check()
+        options.check_members(self.optimizers, models)
         self.direction, self.sign, self.scale = direction, sign, SCALES[scale]
         self.nonfinite, self.on_clean_grad = nonfinite, on_clean_grad
         factor = rho if callable(rho) else None
         radius = 1.0 if callable(rho) else check_number("rho", rho)
+        parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        within = Scope(scope, models, parameters, least_dims=2 * self.scale.filters)
+        source = make_direction(direction, ema_beta=ema_beta, generator=generator)
         for o in self.optimizers:
-            _check_members(o, models, direction)
-        self._slots = [Slot(o, momentum=direction == "momentum", factor=factor) for o in self.optimizers]
+            source.check(o)
+        self._slots = [Slot(o, source, self.scale, within, factor) for o in self.optimizers]
         self._stats = Stats(int(check_number("stats_every", stats_every)))
         self._looks = Looks(self._slots)
         hooks = claim_sharpness(self.optimizers, self, radius)
         self._handles: list[Any] = hook_models(self, models)
         for slot, h in zip(self._slots, hooks, strict=True):
             self._attach(slot, h)
+
+    @classmethod
+    def paper(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = 0.05,
+        **options: Any,
+    ) -> S2SAM:
+        """The published variant by name: +g_{t-1}, ||e|| = rho, constant, over all parameters.
+
+        Args:
+            optimizer: as in the class.
+            model: as in the class.
+            rho: a number.
+            options: nonfinite, on_clean_grad and stats_every; or what is fixed here, with the same value.
+
+        Raises:
+            ValueError: an option says something else; or as the class.
+
+        Example:
+            >>> sam = S2SAM.paper(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+            >>> sam.direction, sam.sign
+            ('gradient', 1)
+        """
+        return cls(optimizer, model=model, rho=rho, **paper_options(rho, options))
 
     def _attach(self, slot: Slot, hooks: StepHooks) -> None:
         hooks.run_closure = self._run_closure
@@ -156,6 +189,8 @@ class S2SAM:
         if not any(blocks for _, blocks in closed):
             for slot, _ in closed:
                 slot.open = True
+            if closed and self._stats.due(self._slots[0].step):
+                self._stats.no_displacement()
             return
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
@@ -170,33 +205,15 @@ class S2SAM:
         if measure:
             self._stats.before_displace(closed, self.scale)
         everything = [block for _, blocks in closed for block in blocks]
-        if any(block.twin is False for block in everything):  # one norm for all: twins take part with their directions
+        if self.scale.common and any(block.twin is False for block in everything):  # one norm: twins take part in it
             for block in everything:
                 if block.twin is True and block.c is not None:
                     block.untwin(self.scale)
-        coefficients = self._coefficients(everything)
+        found = coefficients(everything, self.scale, self.sign)
         for slot, blocks in closed:
-            slot.displace(blocks, coefficients, self.scale)
+            slot.displace(blocks, found, self.scale)
         if measure:
             self._stats.after_displace(self.sign)
-
-    def _coefficients(self, blocks: list[Block]) -> dict[int, Tensor]:
-        """The c of e = c |w|^power d by id(block), from one norm over all blocks but the certain twins."""
-        new = [block for block in blocks if block.twin is not True]
-        out: dict[int, Tensor] = {}
-        if new:
-            norms = [self.scale.direction_norm(block.d, block.p) for block in new]
-            if len(new) > 1:
-                norms = [
-                    n * block.twin.clear if isinstance(block.twin, Flag) else n
-                    for n, block in zip(norms, new, strict=True)
-                ]
-            d_norm = norms[0] if len(new) == 1 else total_norm(norms, floor=True)
-            w_norm = total_norm([p for block in new for p in block.p]) if self.scale.relative else None
-            for block in new:
-                c = self.scale.coefficient(self.sign * block.rho, d_norm, w_norm)
-                out[id(block)] = c.to(block.p[0].device)
-        return out
 
     def restore(self) -> None:
         """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed."""
@@ -245,10 +262,7 @@ class S2SAM:
         self._handles.clear()
         for slot in self._slots:
             release_sharpness(step_hooks(slot.optimizer))
-            for state in slot.optimizer.state.values():
-                state.pop(KEY, None)
-            for key in (STEP, TWINS):
-                slot.optimizer.param_groups[0].pop(key, None)
+            slot.clear()
 
     # What the model hooks and the closure call
 
@@ -284,14 +298,10 @@ class S2SAM:
         gradients = context.gradients()
         if any(g.layout != torch.strided for g in gradients):
             raise ValueError("S2SAM: sparse gradients are not supported; build the embedding with sparse=False")
-        if not slot.fresh and self.on_clean_grad != "ignore" and _at_clean_weights(slot):
-            message = CLEAN_GRADIENT.format(name=type(slot.optimizer).__name__)
-            if self.on_clean_grad == "raise":
-                raise RuntimeError(message)
-            warnings.warn(message, stacklevel=6)
+        guard(slot, self.on_clean_grad)
         if self.nonfinite == "ignore" or not gradients:
             return
-        new = any(p.grad is not None and slot.buffer(p) is None for p in slot.parameters())
+        new = any(slot.is_new(p) for p in slot.parameters())
         if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not new:
             zero = largest(gradients) * 0  # or NaN
             found = zero.nan_to_num(1.0).float()
@@ -327,23 +337,3 @@ class S2SAM:
         for group, rho in zip(slot.optimizer.param_groups, self._rhos, strict=True):
             group.setdefault("rho", rho)
         slot.load()
-
-
-def _at_clean_weights(slot: Slot) -> bool:
-    for group in slot.optimizer.param_groups:
-        with_direction = any(p.grad is not None and slot.buffer(p) is not None for p in group["params"])
-        if with_direction and slot.rho(group) > 0:
-            return True
-    return False
-
-
-def _check_members(optimizer: Optimizer, models: list[nn.Module], direction: str) -> None:
-    name = type(optimizer).__name__
-    if models:
-        owned = {id(p) for m in models for p in m.parameters()}
-        if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(f"{name} shares no parameter with the model; pass the model that it trains")
-    if direction == "momentum":
-        for group in optimizer.param_groups:
-            if not (group.get("momentum", 0) > 0 or any(group.get("betas", (0,)))):
-                raise ValueError(f"direction='momentum' needs an optimizer with momentum, and this {name} has none")

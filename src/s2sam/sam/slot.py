@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,74 +10,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from s2sam.hooks import check_number
-from s2sam.sam.displacement import Scale, choose_, copy_unless_, displace_, reopen_, restore_, swap_
-from s2sam.sam.norms import by_kind, constant, real
+from s2sam.sam.blocks import Block, Flag, Twin
+from s2sam.sam.directions import EMA, KEY, SEED, Gradient, News, Row, where_it_is
+from s2sam.sam.displacement import choose_, copy_unless_, displace_, reopen_, restore_, swap_
+from s2sam.sam.norms import constant, real
+from s2sam.sam.scales import Scale
+from s2sam.sam.scope import Scope
 
-KEY = "s2sam_buffer"  #: name of the buffer b in optimizer.state[p]
-STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds besides
-MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
-
-
-class Flag:
-    """A skipped step (1) or not (0), as a 0-dim float on the device; its opposite; and not finite (or 0)."""
-
-    def __init__(self, found_inf: Tensor, poison: Tensor | None = None) -> None:
-        self.set, self.clear = found_inf, 1 - found_inf
-        self._poison = poison
-
-    @property
-    def poison(self) -> Tensor:
-        """A number that makes what it is added to not finite if the step was skipped, and changes nothing else."""
-        return self.set / self.clear if self._poison is None else self._poison
-
-
-@dataclass
-class Twin:
-    """The buffer of a parameter holds x, made with this rho and coefficient c (None: only the device knows it)."""
-
-    rho: float
-    c: Tensor | None
-    version: int | None  #: of the weights it belongs to; None = loaded, and the weights may be loaded after it
-    flag: Flag | None = None  #: it does so if this says so; None = it does
-
-
-@dataclass
-class Block:
-    """Parameters of one rho, device and dtype, with their buffers b and directions d (`d is b` for gradients).
-
-    `twin` says whether b holds x, `ratio` is this rho over the one that x was made with.
-    """
-
-    rho: float
-    twin: bool | Flag = False
-    ratio: float = 1.0
-    c: Tensor | None = None
-    p: list[Tensor] = field(default_factory=list)
-    b: list[Tensor] = field(default_factory=list)
-    d: list[Tensor] = field(default_factory=list)
-
-    @property
-    def own(self) -> bool:
-        """True if the direction lives in the buffer itself, so that a window uses it up."""
-        return self.d is self.b
-
-    @torch.no_grad()
-    def untwin(self, scale: Scale) -> None:
-        """b: x -> d = (x - w) / (c |w|^power), to within rounding, so that a new common norm can apply to it."""
-        assert self.c is not None
-        d = list(torch._foreach_div(torch._foreach_sub(self.b, self.p), self.c))
-        if scale.power:
-            squares = scale.shaped([torch.ones_like(p) for p in self.p], self.p)
-            d = [t.nan_to_num_(0.0, 0.0, 0.0) for t in torch._foreach_div(d, squares)]  # at w = 0 nothing moves
-        torch._foreach_copy_(self.b, d)
-        self.twin, self.ratio = False, 1.0
+STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds
 
 
 class Slot:
     """Buffers and window of one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, *, momentum: bool, factor: Callable[[int], float] | None) -> None:
-        self.optimizer, self.momentum, self.factor = optimizer, momentum, factor
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        direction: Gradient,
+        scale: Scale,
+        scope: Scope,
+        factor: Callable[[int], float] | None,
+    ) -> None:
+        self.optimizer, self.direction, self.scale, self.scope = optimizer, direction, scale, scope
+        self.factor = factor
+        self._seen: set[int] = set()  #: parameters out of scope that have had a gradient
         self.open = False  #: between displace and restore
         self.fresh = False  #: a displaced forward or displace() happened since the last step
         self.blocks: list[Block] = []  #: what is displaced while open
@@ -103,21 +58,18 @@ class Slot:
         rho = check_number("rho", group["rho"])
         return rho if self.factor is None else rho * check_number(f"rho({self.step})", self.factor(self.step))
 
+    def radius(self, group: dict[str, Any]) -> float:
+        """What the coefficient of a group is proportional to: rho, or rho times the learning rate."""
+        rho = self.rho(group)
+        return rho * check_number("lr", group["lr"]) if self.scale.by_lr else rho
+
     def buffer(self, p: Tensor) -> Tensor | None:
         """The buffer of `p` if it has one, moved to where `p` is now."""
-        state = self.optimizer.state.get(p)
-        b: Tensor | None = state.get(KEY) if state else None
-        if b is not None and (b.device != p.device or b.dtype != p.dtype):
-            b = self.optimizer.state[p][KEY] = b.to(p.device, p.dtype)
-        return b
+        return where_it_is(p, self.optimizer.state.get(p), KEY) if p in self.scope else None
 
-    def momentum_of(self, p: Tensor) -> Tensor:
-        """The base optimizer's momentum buffer of `p`. Raises ValueError if it keeps none."""
-        for key in MOMENTUM_KEYS:
-            momentum: Tensor | None = self.optimizer.state[p].get(key)
-            if momentum is not None:
-                return momentum
-        raise ValueError("direction='momentum' needs momentum in every param_group, and one has none")
+    def is_new(self, p: Tensor) -> bool:
+        """True if `p` is about to get its first gradient."""
+        return p.grad is not None and (self.buffer(p) is None if p in self.scope else id(p) not in self._seen)
 
     # The window
 
@@ -126,10 +78,11 @@ class Slot:
         self.forget_spent()
         blocks: dict[Any, Block] = {}
         for group in self.optimizer.param_groups:
-            rho = self.rho(group)
+            rho = self.radius(group)
             for p in group["params"] if rho > 0 else ():
                 b = self.buffer(p)
-                if b is None:
+                d = None if b is None else self.direction.of(p, b, self.optimizer.state[p])
+                if b is None or d is None:
                     self.twins.pop(id(p), None)  # somebody cleared the state
                     continue
                 twin = self.twins.get(id(p))
@@ -142,18 +95,18 @@ class Slot:
                     if twin is not None:
                         block.twin = True if twin.flag is None else twin.flag
                         block.ratio, block.c = rho / twin.rho, twin.c
-                    if not self.momentum:
+                    if self.direction.own:
                         block.d = block.b
                 block = blocks[key]
                 block.p.append(p)
                 block.b.append(b)
-                if self.momentum:
-                    block.d.append(self.momentum_of(p))
+                if not self.direction.own:
+                    block.d.append(d)
         return list(blocks.values())
 
     @torch.no_grad()
     def displace(self, blocks: list[Block], coefficients: dict[int, Tensor], scale: Scale) -> None:
-        """Open the window: w -> x, with e = c |w|^power d and c by id(block), except for twins."""
+        """Open the window: w -> x, with e = c shaped(d, w) and c by id(block), except for twins."""
         for block in blocks:
             if block.twin is False:
                 block.c = coefficients[id(block)]
@@ -212,39 +165,29 @@ class Slot:
 
     @torch.no_grad()
     def store(self, *, flag: Flag | None, may_create: bool) -> None:
-        """After the base step: b <- gradient (0 where there is none), or b stays what it was where `flag` is set."""
+        """After the base step: the direction of the next window, or none if `flag` is set."""
         carried = {id(p) for p in self._carried}
-        plain: list[tuple[Tensor, Tensor]] = []
-        conditional: list[tuple[Tensor, Tensor]] = []
-        gone = []
-        for p in self.parameters():
+        news = News(self.optimizer.param_groups[0], self.step, flag)
+        for index, p in enumerate(self.parameters()):
+            if p not in self.scope:
+                self._seen.update((id(p),) if p.grad is not None else ())
+                continue
             b = self.buffer(p)
             if p.grad is None:
                 if b is not None:
-                    gone.append(b)
+                    news.gone.append(Row(index, p, b, self.optimizer.state[p]))
                 continue
             if b is None:
                 if not may_create and not self.optimizer.state.get(p):
                     continue  # the base optimizer sets up its state when this is still empty
                 b = self.optimizer.state[p][KEY] = torch.zeros_like(p, requires_grad=False)
-            (plain if flag is None or id(p) in carried else conditional).append((b, p.grad))
+            row = Row(index, p, b, self.optimizer.state[p])
+            (news.plain if flag is None or id(p) in carried else news.conditional).append(row)
         self.spent, self._carried = [], []
         if flag is None:
             self.twins.clear()
-        if self.momentum:
-            return
-        if plain:
-            torch._foreach_copy_([b for b, _ in plain], [g for _, g in plain])
-        if gone and flag is None:
-            torch._foreach_zero_(gone)
+        self.direction.store(news)
         if flag is not None:
-            for b in gone:
-                b.mul_(flag.set.to(b.device))
-            if conditional:
-                copy_unless_([b for b, _ in conditional], [g for _, g in conditional], flag.set)
-            if plain:  # what passed through the gradients was x if the step was skipped: let nobody take it for one
-                for part in by_kind(g for _, g in plain):
-                    torch.ops.aten._foreach_add_.Tensor(part, flag.poison.to(part[0].device))  # no host read
             joined: dict[int, Flag] = {}
             for twin in self.twins.values():
                 old = twin.flag
@@ -317,4 +260,21 @@ class Slot:
             known = None if c is None else constant(float(c), p.device, real(p))
             self.twins[id(p)] = Twin(float(rho), known, None)
         first[TWINS] = []  # stays there, empty: tools that flatten a state_dict read back only keys they see
+        self.direction.set_up(first)
+        for p in parameters:
+            if p not in self.scope:
+                self._forget(p)
         self.fresh, self.spent, self._companion = False, [], None
+        self._seen.clear()
+
+    def clear(self) -> None:
+        """Leave nothing of S2SAM in the optimizer."""
+        for p in self.parameters():
+            self._forget(p)
+        for key in (STEP, TWINS, SEED):
+            self.optimizer.param_groups[0].pop(key, None)
+
+    def _forget(self, p: Tensor) -> None:
+        state = self.optimizer.state.get(p, {})
+        for key in (KEY, EMA):
+            state.pop(key, None)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from s2sam.hooks import StepContext
-from s2sam.sam.displacement import Scale
+from s2sam.sam.directions import Momentum
 from s2sam.sam.norms import total_dot, total_norm, widen
+from s2sam.sam.scales import Scale
 
 if TYPE_CHECKING:
-    from s2sam.sam.slot import Block, Slot
+    from s2sam.sam.blocks import Block
+    from s2sam.sam.slot import Slot
 
 
 class Stats:
@@ -39,7 +41,7 @@ class Stats:
             self._skipped_on_device.add_(found)
 
     def before_displace(self, closed: list[tuple[Slot, list[Block]]], scale: Scale) -> None:
-        """Keep a copy of the intended, unnormalised displacement |w|^power d of every block (twins: x - w)."""
+        """Keep a copy of the intended displacement of every block, up to its coefficient (twins: x - w)."""
         self._pending = []
         momentum, decay = [], []
         for slot, blocks in closed:
@@ -49,11 +51,12 @@ class Stats:
                 else:
                     aim = [t.clone() for t in scale.shaped(block.d, block.p)]
                 self._pending.append((block, aim))
-            for group in slot.optimizer.param_groups if slot.momentum else ():
+            for group in slot.optimizer.param_groups if isinstance(slot.direction, Momentum) else ():
                 if group.get("weight_decay") and 0 < group.get("momentum", 0) < 1:
-                    have = [p for p in group["params"] if slot.buffer(p) is not None]
-                    momentum.append(total_norm([slot.momentum_of(p) for p in have]))
-                    decay.append(total_norm(have) * group["weight_decay"] / (1 - group["momentum"]))
+                    have = [(p, b) for p in group["params"] if (b := slot.buffer(p)) is not None]
+                    state, of = slot.optimizer.state, slot.direction.of
+                    momentum.append(total_norm([d for p, b in have if (d := of(p, b, state[p])) is not None]))
+                    decay.append(total_norm([p for p, _ in have]) * group["weight_decay"] / (1 - group["momentum"]))
         if momentum:
             self._values["decay_share"] = total_norm(decay) / total_norm(momentum)
 
@@ -67,6 +70,11 @@ class Stats:
         self._pending = []
         self._values["displacement"] = total_norm(moves)
         self._values["projection"] = (total_dot(moves, aims) / total_norm(aims)).nan_to_num(0.0)
+
+    def no_displacement(self) -> None:
+        """This step's forward ran at w: no direction yet, or rho = 0."""
+        self._values["displacement"] = self._values["projection"] = 0.0
+        self._values.pop("alignment", None)
 
     def at_step(self, slot: Slot, context: StepContext, sign: int) -> None:
         """Gradient norm over active coordinates, and its cosine with the direction of the window that ends."""

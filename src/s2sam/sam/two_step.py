@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2sam.hooks import Closure, Phase, StepContext, check_number, check_optimizers, claim_sharpness, release_sharpness
-from s2sam.sam.displacement import SCALES, pieces, restore_
+from s2sam.sam.displacement import pieces, restore_
 from s2sam.sam.model_hooks import check_models
-from s2sam.sam.norms import all_finite, by_kind, total_norm
+from s2sam.sam.norms import all_finite, total_norm
+from s2sam.sam.scales import SCALES
+from s2sam.tensors import by_kind
+
+SAM_SCALES = ("norm", "relative", "asam")  #: of SCALES
 
 
 class SAM:
@@ -61,8 +65,8 @@ class SAM:
         rho: float = 0.05,
         scale: str = "norm",
     ) -> None:
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
+        if scale not in SAM_SCALES:
+            raise ValueError(f"scale must be one of {', '.join(map(repr, SAM_SCALES))} for SAM, got {scale!r}")
         check_number("rho", rho)
         self.optimizer, self.scale = optimizer, SCALES[scale]
         self._models = check_models(model)

@@ -1,0 +1,80 @@
+"""Schedules of the radius, as functions of the number of finished steps: `S2SAM(..., rho=late(total_steps, rho=0.1))`.
+
+S2SAM multiplies what they return by the "rho" of each param_group, which is 1 where nobody set it. While a schedule is
+0 nothing is displaced: those steps are the base optimizer's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+
+from s2sam.hooks import check_number
+
+Schedule = Callable[[int], float]
+
+
+def late(total_steps: int, start: float = 0.75, *, rho: float = 1.0) -> Schedule:
+    """0 before the share `start` of the run, `rho` from there on.
+
+    A few final epochs of SAM are reported to come close to SAM throughout (arXiv 2410.10373).
+
+    Example:
+        >>> [late(8, rho=0.1)(t) for t in (0, 5, 6, 7)]
+        [0.0, 0.0, 0.1, 0.1]
+    """
+    first, radius = check_number("start", start, 0.0, 1.0) * _steps(total_steps), check_number("rho", rho)
+    return lambda step: radius * (step >= first)
+
+
+def rising(total_steps: int, power: float = 1.0, *, rho: float = 1.0) -> Schedule:
+    """rho (t / total_steps)^power, and rho after the end; power > 0.
+
+    Example:
+        >>> [rising(4)(t) for t in (0, 1, 4, 9)], rising(4, power=2.0)(2)
+        ([0.0, 0.25, 1.0, 1.0], 0.25)
+    """
+    total, radius = _steps(total_steps), check_number("rho", rho)
+    if check_number("power", power) == 0:
+        raise ValueError("power must be above 0")
+    return lambda step: radius * float(min(1.0, step / total) ** power)
+
+
+def like_lr(optimizer: Optimizer, *, rho: float = 1.0) -> Schedule:
+    """rho times the learning rate of the first group over its initial one: e shrinks as the steps do.
+
+    The initial one is the group's "initial_lr", which schedulers set (for OneCycleLR that is not the largest), or else
+    the learning rate when this was called. The optimizer is not kept alive.
+
+    Raises:
+        ValueError: the learning rate is 0 when this is called, or the schedule is asked after the optimizer has gone.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> factor = like_lr(optimizer)
+        >>> optimizer.param_groups[0]["lr"] = 0.05
+        >>> factor(7)
+        0.5
+    """
+    radius = check_number("rho", rho)
+    reference, at_first = weakref.ref(optimizer), float(optimizer.param_groups[0]["lr"])
+    if not optimizer.param_groups[0].get("initial_lr", at_first) > 0:
+        raise ValueError("like_lr needs a learning rate above 0 to begin with; call it before a warm-up sets it to 0")
+
+    def factor(step: int) -> float:
+        alive = reference()
+        if alive is None:
+            raise ValueError("like_lr: the optimizer whose learning rate it follows is gone; keep a reference to it")
+        group = alive.param_groups[0]
+        return radius * float(group["lr"]) / float(group.get("initial_lr", at_first))
+
+    return factor
+
+
+def _steps(total_steps: int) -> int:
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
+    return total_steps
