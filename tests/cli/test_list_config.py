@@ -22,6 +22,7 @@ def test_lists_are_the_registries(capsys):
         "models": [r.name for r in registry.list_models()],
         "data": [r.name for r in registry.list_data()],
         "recipes": [r.name for r in registry.list_recipes()],
+        "tables": ["1", "2", "3", "4", "5", "6", "A.1"],
     }
 
 

@@ -41,7 +41,7 @@ def resnet_weights(depth: int, width: int, shortcut: str, classes: int = 10, cha
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 @pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("depth", [20, 32, 56])
+@pytest.mark.parametrize("depth", [8, 14, 20, 32, 56])
 def test_parameter_counts_follow_the_formula(depth: int, width: int, shortcut: str) -> None:
     model = net(f"resnet{depth}", width=float(width), shortcut=shortcut)
     assert (weights(model), sum(p.numel() for p in model.parameters())) == resnet_weights(depth, width, shortcut)

@@ -10,21 +10,16 @@ rho, 0.05: nothing was tuned for them, and what comes out is reported as it is.
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from s2sam.cli.arguments import Parser
 from s2sam.cli.report import show
+from s2sam.suite.pool import cores, one_thread, reusable, train_all
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from s2sam.train.config import TrainConfig
 
 HELP = "train seven arms on digits and compare them in one page"
@@ -41,8 +36,6 @@ REMARKS = (
     "A step of this network takes a few milliseconds, much of it the fixed price of calls, and S2-SAM adds calls: its "
     "ratio here is no measure of its cost on networks of useful size (see benchmarks/results/step_overhead_*.json).",
 )
-#: name of the run, its final record if it succeeded, what went wrong else
-Outcome = tuple[str, dict[str, Any] | None, str]
 
 
 def run(argv: list[str]) -> int:
@@ -63,7 +56,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=min(_cores(), 8),
+        default=min(cores(), 8),
         help="runs at a time, one thread each (default: one a core, at most 8)",
     )
     parser.add_argument("--fresh", action="store_true", help="train all runs again, also those that are finished")
@@ -86,7 +79,7 @@ def run(argv: list[str]) -> int:
     todo = {name: config for name, config in configs.items() if args.fresh or not reusable(config)}
     if len(todo) < len(configs):
         console.print(f"{len(configs) - len(todo)} finished runs are reused; --fresh trains them again", markup=False)
-    failed = [outcome for outcome in train_all(todo, args.jobs, console) if outcome[1] is None]
+    failed = [outcome for outcome in train_all(todo, args.jobs, console, fresh=True) if outcome[1] is None]
     for name, _, reason in failed:
         console.print(f"failed: {name}: {reason}", style="bold red", markup=False, soft_wrap=True)
     if failed:
@@ -140,118 +133,3 @@ def make_configs(out: Path, seeds: Sequence[int], epochs: int) -> dict[str, Trai
                 optim=OptimConfig(name="sgd", momentum=0.9, weight_decay=WEIGHT_DECAY),
             )
     return configs
-
-
-def reusable(config: TrainConfig) -> bool:
-    """True if the folder holds a whole run of the same settings, made by the same versions."""
-    from importlib.metadata import version
-
-    from s2sam import __version__
-    from s2sam.report.read import read_run
-
-    try:
-        found = read_run(config.folder)
-    except ValueError:
-        return False
-    wanted = config.as_dict()
-    versions = found.env.get("versions", {})
-    same_code = versions.get("s2sam") == __version__ and versions.get("torch") == version("torch")
-    return same_code and {**found.config, "out": None} == {**wanted, "out": None}
-
-
-def train_all(configs: dict[str, TrainConfig], jobs: int, console: Console) -> list[Outcome]:
-    """Train these runs, `jobs` at a time, and say what has finished; a failure does not stop the others."""
-    outcomes = []
-    with _progress(console, len(configs)) as report:
-        for outcome in _finished(configs, min(jobs, len(configs))):
-            outcomes.append(outcome)
-            report(outcome)
-    return outcomes
-
-
-def train_one(name: str, config: TrainConfig) -> Outcome:
-    """Train one run with one thread; what goes wrong is returned as text, with the name of its type in front."""
-    from s2sam.train.loop import run as train
-
-    try:
-        with one_thread():
-            return name, train(config, overwrite=True), ""
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        return name, None, f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch with one thread: quickest for so small a network, and the same numbers on every machine with such a CPU."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _finished(configs: dict[str, TrainConfig], jobs: int) -> Iterator[Outcome]:
-    """The outcomes as they come: in this process for one job, else in fresh ones."""
-    if jobs <= 1:
-        yield from (train_one(name, config) for name, config in configs.items())
-        return
-    import multiprocessing
-
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        names: dict[Future[Outcome], str] = {
-            pool.submit(train_one, name, config): name for name, config in configs.items()
-        }
-        waiting = set(names)
-        try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        yield (
-                            names[future],
-                            None,
-                            "RuntimeError: its process was ended from outside; was there enough memory?",
-                        )
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
-    """A bar on a terminal, a line for each finished run elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    def words(outcome: Outcome) -> str:
-        name, final, _ = outcome
-        return f"{name}: failed" if final is None else f"{name}: {100 * final['test_top1']:.1f} %"
-
-    if not console.is_terminal:
-        count = 0
-
-        def line(outcome: Outcome) -> None:
-            nonlocal count
-            count += 1
-            console.print(f"[{count}/{total}] {words(outcome)}", markup=False, soft_wrap=True)
-
-        yield line
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda outcome: progress.update(task, advance=1, description=words(outcome))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

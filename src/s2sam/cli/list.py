@@ -1,4 +1,4 @@
-"""`s2sam list [methods|models|data|recipes]`: what there is, from the registries."""
+"""`s2sam list [methods|models|data|recipes|tables]`: what there is, from the registries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from s2sam import registry
 from s2sam.cli.arguments import Parser
 from s2sam.sparse.names import unknown
 
-HELP = "list methods, models, data and recipes"
+HELP = "list methods, models, data, recipes and tables"
 Rows = tuple[Sequence[str], list[Sequence[str]]]
 
 
@@ -61,4 +61,11 @@ def _recipes() -> Rows:
     return ("name", "description"), [(r.name, r.description) for r in registry.list_recipes()]
 
 
-TABLES = {"methods": _methods, "models": _models, "data": _data, "recipes": _recipes}
+def _tables() -> Rows:
+    from s2sam.suite.schema import load_suite, tables
+
+    suites = [load_suite(name) for name in tables()]
+    return ("name", "description", "title"), [(s.name, s.description, s.title) for s in suites]
+
+
+TABLES = {"methods": _methods, "models": _models, "data": _data, "recipes": _recipes, "tables": _tables}

@@ -13,6 +13,7 @@ the program and keeps its traceback. `S2SAM_DEBUG=1` shows all tracebacks.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -22,7 +23,9 @@ from types import ModuleType
 from s2sam import __version__
 from s2sam.sparse.names import unknown
 
-VERBS = ("train", "eval", "list", "data", "config", "report", "demo", "doctor")
+#: errors of a disk that takes no more: full, over its quota, or a file of more than the size that is allowed
+FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+VERBS = ("train", "eval", "list", "data", "config", "report", "demo", "table", "doctor")
 USAGE = """usage: s2sam VERB [options]
 
 Sparse training that generalises, at the price of plain SGD.
@@ -90,5 +93,6 @@ def meant_for_user(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """What to tell the user."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return said + ("; make room and run the same command again" if error.errno in FULL else "")
     return str(error) or type(error).__name__

@@ -33,7 +33,7 @@ MODELS: tuple[registry.ModelInfo, ...] = (
             _RESNET_PAPER,
             f"ResNet-{depth} for 32x32 images, 16-32-64 channels x width, shortcut B (projection) or A (none)",
         )
-        for depth in (20, 32, 56)
+        for depth in (8, 14, 20, 32, 56)
     ),
     registry.ModelInfo(
         "vgg19",

@@ -1,0 +1,1 @@
+"""Suites: a whole table of runs from one YAML file, trained, resumed, compared and written by one command."""

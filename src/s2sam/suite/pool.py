@@ -1,0 +1,227 @@
+"""Many runs, several at a time on one machine: a pool of processes, one thread each, that loses nothing when stopped.
+
+Ctrl-C and SIGTERM let every run under way finish its step and save; the same command then goes on from there. A run
+that fails is reported and does not stop the others. Packing several small runs on one device pays because norms, masks
+and random states belong to a network, and a process to a run: nothing is shared.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from s2sam.report.read import Run
+    from s2sam.train.config import TrainConfig
+
+#: name of the run, its final record if it succeeded, what went wrong else
+Outcome = tuple[str, dict[str, Any] | None, str]
+KILLED = "RuntimeError: its process was ended from outside; was there enough memory?"
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def finished(config: TrainConfig) -> Run | None:
+    """The whole run of these settings in its folder, if there is one; folder, device and checkpoints do not count."""
+    from s2sam.report.read import read_run
+    from s2sam.train.resume import differences
+
+    try:
+        found = read_run(config.folder)
+    except ValueError:
+        return None
+    return None if any(differences(config.as_dict(), found.config)) else found
+
+
+def reusable(config: TrainConfig) -> bool:
+    """True if the folder holds a whole run of the same settings, made by the same versions."""
+    from importlib.metadata import version
+
+    from s2sam import __version__
+
+    found = finished(config)
+    versions = {} if found is None else found.env.get("versions", {})
+    return versions.get("s2sam") == __version__ and versions.get("torch") == version("torch")
+
+
+def train_all(
+    configs: Mapping[str, TrainConfig],
+    jobs: int,
+    console: Console,
+    *,
+    fresh: bool = False,
+    runner: Callable[[Mapping[str, TrainConfig], int], Iterable[Outcome]] | None = None,
+) -> list[Outcome]:
+    """Train these runs, `jobs` at a time, and say what has finished; a failure does not stop the others.
+
+    Args:
+        configs: the runs by name.
+        jobs: how many at a time.
+        console: where progress goes.
+        fresh: begin again where a run is finished or begun; else go on with what is begun.
+        runner: another way to run them, which gives the outcomes as they come; None = processes of this machine.
+    """
+    outcomes = []
+    with _progress(console, len(configs)) as report:
+        for outcome in runner(configs, jobs) if runner else run_here(configs, min(jobs, len(configs)), fresh=fresh):
+            outcomes.append(outcome)
+            report(outcome)
+    return outcomes
+
+
+def train_one(name: str, config: TrainConfig, fresh: bool = False) -> Outcome:
+    """Train one run with one thread; what goes wrong is returned as text, with the name of its type in front."""
+    from s2sam.train.loop import run as train
+
+    try:
+        with one_thread():
+            return name, train(config, overwrite=fresh), ""
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        return name, None, f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread: quickest for small networks, and the same numbers on every machine with such a CPU."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_here(configs: Mapping[str, TrainConfig], jobs: int, *, fresh: bool = False) -> Iterator[Outcome]:
+    """The outcomes as they come: in this process for one job, else in fresh ones."""
+    if jobs <= 1:
+        for name, config in configs.items():
+            with _interrupts_save():
+                outcome = train_one(name, config, fresh)
+            yield outcome
+        return
+    context = multiprocessing.get_context("spawn")
+    strangers = set(multiprocessing.active_children())
+    with _terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_ignore_interrupts) as pool:
+        names: dict[Future[Outcome], str] = {
+            pool.submit(_train_in_worker, name, config, fresh): name for name, config in configs.items()
+        }
+        waiting = set(names)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        yield names[future], None, KILLED
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - strangers:
+                child.terminate()  # the run under way saves, then its process ends
+            raise
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _train_in_worker(name: str, config: TrainConfig, fresh: bool) -> Outcome:
+    """As :func:`train_one`; a process that was asked to end takes no further run from the queue."""
+    from s2sam.train.signals import Preempted
+
+    try:
+        return train_one(name, config, fresh)
+    except Preempted as ended:
+        os._exit(int(str(ended.code)))
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes of a terminal; the workers leave it to their parent, which ends them in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _interrupts_save() -> Iterator[None]:
+    """The first Ctrl-C asks the run to save and then is a KeyboardInterrupt; the second is one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed or not callable(signal.getsignal(signal.SIGTERM)):
+            raise KeyboardInterrupt
+        pressed = True
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except SystemExit:
+        if pressed:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM is an exception, so that the processes of the pool are ended in order as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
+    """A bar on a terminal, a line for each finished run elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    def words(outcome: Outcome) -> str:
+        name, final, _ = outcome
+        return f"{name}: failed" if final is None else f"{name}: {100 * final['test_top1']:.1f} %"
+
+    if not console.is_terminal:
+        count = 0
+
+        def line(outcome: Outcome) -> None:
+            nonlocal count
+            count += 1
+            console.print(f"[{count}/{total}] {words(outcome)}", markup=False, soft_wrap=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda outcome: progress.update(task, advance=1, description=words(outcome))

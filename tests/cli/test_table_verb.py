@@ -1,0 +1,141 @@
+"""`s2sam table`: from one command to the written table, and every wrong use is one sentence."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+import yaml
+
+from s2sam.cli.main import main
+
+TABLE = {
+    "title": "A small table",
+    "base": {
+        "data": "cifar10", "model": "resnet20", "epochs": 100, "sam": {"stats_every": 10},
+        "data_options": {"train_size": 300},
+    },
+    "blocks": {"CIFAR-10": {}},
+    "rows": {"RigL": {"method": "rigl"}, "DSR": {"method": "dsr"}},
+    "sparsities": [0.9],
+    "columns": {"SGD": {"sharpness": "none"}, "S2-SAM": {"sharpness": "s2sam", "rho": 0.05}},
+    "reference": "SGD",
+    "planned": ["dsr"],
+    "seeds": [0, 1, 2],
+    "budgets": {"smoke": {"seeds": 2, "set": {"epochs": 1}, "stand_in": {"data": "digits", "model": "mlp"}}},
+}  # fmt: skip
+
+
+def call(capsys, *argv):
+    code = main(["table", *map(str, argv)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def table(tmp_path):
+    """The file of the small table."""
+    path = tmp_path / "small.yaml"
+    path.write_text("# a table for tests\n" + yaml.safe_dump(TABLE, sort_keys=False))
+    return path
+
+
+def test_one_command_trains_compares_and_writes(table, tmp_path, capsys):
+    code, printed, _ = call(capsys, table, "--budget", "smoke", "--out", tmp_path / "out", "--jobs", "1")
+    assert code == 0
+    assert "missing: the method dsr does not exist here yet" in printed
+    assert "[4/4]" in printed
+    lines = printed.splitlines()
+    assert lines[-4:] == [str(tmp_path / "out" / name) for name in ("table.md", "table.csv", "runs.csv", "table.html")]
+    markdown = (tmp_path / "out" / "table.md").read_text()
+    assert "Scaled by --budget smoke" in markdown
+    assert "epochs 100 -> 1" in markdown
+    assert "digits (1,797 images of 8 x 8 pixels) stand in" in markdown
+    runs = list(csv.DictReader((tmp_path / "out" / "runs.csv").open()))
+    assert [(run["column"], run["seed"]) for run in runs] == [
+        ("SGD", "0"),
+        ("S2-SAM", "0"),
+        ("SGD", "1"),
+        ("S2-SAM", "1"),
+    ]
+    cells = {
+        row["column"]: row for row in csv.DictReader((tmp_path / "out" / "table.csv").open()) if row["row"] == "RigL"
+    }
+    values = {(run["column"], run["seed"]): float(run["test_top1"]) for run in runs}
+    for column, cell in cells.items():
+        assert float(cell["value"]) == pytest.approx((values[column, "0"] + values[column, "1"]) / 2)
+    differences = [values["S2-SAM", seed] - values["SGD", seed] for seed in "01"]
+    assert float(cells["S2-SAM"]["difference"]) == pytest.approx(sum(differences) / 2)
+    assert all(float(run["measured_sparsity"]) == pytest.approx(0.9, abs=1e-3) for run in runs)
+    page = (tmp_path / "out" / "table.html").read_text()
+    assert f"{100 * float(cells['S2-SAM']['value']):.2f} &plusmn;" in page
+    assert "s2sam table" in page
+
+    code, printed, _ = call(capsys, table, "--budget", "smoke", "--out", tmp_path / "out", "--read-only")
+    assert code == 0
+    assert "4 finished runs of 4 are reused" in printed
+    assert (tmp_path / "out" / "table.md").read_text() == markdown
+
+
+def test_a_dry_run_lists_and_writes_nothing(table, tmp_path, capsys):
+    code, printed, _ = call(capsys, table, "--budget", "smoke", "--out", tmp_path / "out", "--dry-run")
+    assert code == 0
+    assert printed.count("to do\t") == 4
+    assert "scaled: epochs 100 -> 1" in printed
+    assert printed.endswith("4 runs, 0 finished\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_part_of_a_table_says_so(table, tmp_path, capsys):
+    _, printed, _ = call(capsys, table, "--budget", "smoke", "--rows", "RigL", "--seeds", 5, "--list")
+    assert "scaled: rows RigL of RigL, DSR" in printed
+    assert "scaled: seeds 3 -> 1 (--seeds)" in printed
+    assert "seed5" in printed
+    assert "missing" not in printed
+
+
+def test_a_failure_is_told_by_the_exit_code(table, tmp_path, capsys):
+    bad = tmp_path / "out" / "runs" / "cifar-10_rigl_90_sgd_seed0"
+    bad.mkdir(parents=True)
+    (bad / "letter.txt").touch()
+    code, printed, _ = call(capsys, table, "--budget", "smoke", "--out", tmp_path / "out", "--jobs", "1")
+    assert code == 1
+    assert "Failed: cifar-10_rigl_90_sgd_seed0: ValueError" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["7"], "unknown table '7'"),
+        (["1", "--budget", "full"], "get it with `s2sam data get cifar10`, which writes data/cifar10, or give --data"),
+        (["1", "--budget", "short"], "--budget smoke needs no data"),
+        (["1", "--budget", "smal"], "invalid choice: 'smal'"),
+        (["1", "--budget", "smoke", "--rows", "Rigl"], "unknown row 'Rigl'; did you mean 'RigL'?"),
+        (["1", "--budget", "smoke", "--data", "cifar10"], "--data takes cifar10=FOLDER, not 'cifar10'"),
+        (["1", "--budget", "smoke", "--data", "cifar=x"], "unknown data of this table 'cifar'; did you mean 'cifar10'"),
+        (["1", "--budget", "smoke", "--read-only"], "162 of 162 runs are missing: cifar-10_lt_90_original_seed1000"),
+        (["1", "--budget", "smoke", "--jobs", "0"], "--jobs must be at least 1"),
+        (["1", "--budget", "smoke", "--seeds", "1", "1"], "none twice"),
+        (["1", "--budget", "smoke", "--launcher-option", "a=1"], "needs --launcher ray or --launcher slurm"),
+        (["2", "--budget", "smoke", "--mode", "tuned"], "declares no search"),
+        (["none.yaml"], "there is no table at none.yaml"),
+    ],
+)
+def test_wrong_use_is_a_sentence(argv, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = call(capsys, *argv)
+    assert code == 2
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_a_launcher_that_is_not_installed(launcher, package, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, error = call(capsys, "1", "--budget", "smoke", "--launcher", launcher)
+    assert (code, error) == (
+        2, f"s2sam: error: --launcher {launcher} needs the package {package}; pip install 's2sam[{launcher}]'\n",
+    )  # fmt: skip

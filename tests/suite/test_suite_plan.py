@@ -1,0 +1,150 @@
+"""From a table to runs: matched columns only, what is missing is named, what was scaled is listed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from s2sam.suite.matched import check_matched
+from s2sam.suite.plan import make_plan, slug
+from s2sam.suite.schema import load_suite
+from s2sam.train.config import TrainConfig
+
+
+def test_every_cell_column_and_seed_is_one_run(small, plan_of):
+    small["rows"]["RigL"] = {"method": "rigl"}
+    small["sparsities"] = [0.9, 0.95]
+    runs = plan_of(small).runs()
+    assert len(runs) == 2 * 2 * 2 * 2
+    assert len({p.name for p in runs}) == len(runs)
+    first = runs[0].config
+    assert (first.method, first.sparsity, first.sharpness, first.seed, first.epochs) == ("static", 0.9, "none", 0, 1)
+    assert runs[0].name == "digits_static_90_sgd_seed0"
+    assert {p.config.rho for p in runs if p.column == "S2-SAM"} == {0.05}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"lr": 0.2}, "lr is 0.1 in SGD and 0.2 in S2-SAM"),
+        ({"optim.weight_decay": 1e-4}, "optim.weight_decay"),
+        ({"epochs": 2}, "epochs"),
+        ({"optim.nesterov": True}, "optim.nesterov"),
+        ({"data_options.split_seed": 1}, "data_options.split_seed"),
+        ({"batch_size": 32}, "batch_size"),
+        ({"model_options": {"width": 1.0}}, "model_options"),
+    ],
+)
+def test_unmatched_columns_are_refused_with_the_key(small, plan_of, settings, key):
+    small["columns"]["S2-SAM"] |= settings
+    with pytest.raises(ValueError, match="unmatched columns") as error:
+        plan_of(small)
+    assert key in str(error.value)
+    assert plan_of(small, mode="tuned").mode == "tuned"
+
+
+def test_the_treatment_may_differ_and_a_declared_baseline_may_use_nesterov(small, plan_of):
+    small["columns"]["S2-SAM"] |= {"sam.sign": -1, "sam.direction": "momentum", "rho": 0.2}
+    small["columns"]["Nesterov"] = {"sharpness": "none", "optim.nesterov": True}
+    with pytest.raises(ValueError, match="optim.nesterov is False in SGD and True in Nesterov"):
+        plan_of(small)
+    runs = plan_of(small | {"baselines": ["Nesterov"]}).runs()
+    assert {p.column: p.config.optim.nesterov for p in runs} == {"SGD": False, "S2-SAM": False, "Nesterov": True}
+
+
+def test_seeds_must_match_as_well():
+    with pytest.raises(ValueError, match="seed is 0 in A and 1 in B"):
+        check_matched({"A": TrainConfig(seed=0), "B": TrainConfig(seed=1)}, "A")
+
+
+def test_missing_things_are_named_and_the_rest_runs(small, plan_of):
+    small["rows"] |= {"DSR": {"method": "dsr"}, "Big": {"method": "static", "model": "resnet50"}}
+    small["planned"] = ["dsr", "resnet50", "imagenet"]
+    small["blocks"]["ImageNet"] = {"data": "imagenet"}
+    plan = plan_of(small)
+    assert plan.missing == (
+        "the method dsr does not exist here yet",
+        "the model resnet50 does not exist here yet",
+        "the data imagenet cannot be fetched by this version; give --data imagenet=FOLDER",
+    )
+    assert {(cell.block, cell.row) for cell in plan.runnable} == {("digits", "Static")}
+    assert len(plan.cells) == 6
+    assert len(plan.runs()) == 4
+
+
+def test_given_data_are_not_missing(small, plan_of, tmp_path):
+    small["blocks"] = {"ImageNet": {"data": "imagenet"}}
+    plan = plan_of(small | {"planned": ["imagenet"]}, data={"imagenet": "digits"})
+    assert plan.missing == ()
+    assert {p.config.data for p in plan.runs()} == {"digits"}
+
+
+@pytest.mark.parametrize("budget", ["full", "short"])
+def test_without_data_nothing_but_smoke_begins(budget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="s2sam data get cifar10.*--data cifar10=FOLDER.*--budget smoke needs no data"):
+        make_plan(load_suite("1"), budget=budget)
+    with pytest.raises(ValueError, match="there is no data at"):
+        make_plan(load_suite("1"), budget=budget, data={"cifar10": "no/such/folder", "cifar100": "digits"})
+
+
+def test_data_are_looked_for_where_get_puts_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "cifar100"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "test.bin").touch()
+    plan = make_plan(load_suite("1"), budget="full")
+    assert {p.config.data for p in plan.runs()} == {"data/cifar10", "data/cifar100"}
+    assert plan.scaled == ()
+    assert {(p.config.epochs, p.config.batch_size, p.config.lr) for p in plan.runs()} == {(160, 64, 0.1)}
+
+
+def test_smoke_says_what_it_scaled():
+    plan = make_plan(load_suite("1"), budget="smoke")
+    assert {"epochs 160 -> 8", "data cifar10 -> digits", "model resnet32 -> mlp", "seeds 3 -> 2"} <= set(plan.scaled)
+    assert "blocks CIFAR-10 of CIFAR-10, CIFAR-100" in plan.scaled
+    assert {"rigl.delta_t 100 -> 5", "mest.delta_t 3520 -> 5"} <= set(plan.scaled)
+    assert plan.missing == ("the method dsr does not exist here yet",)
+
+
+def test_smoke_uses_given_data(tmp_path):
+    plan = make_plan(load_suite("1"), budget="smoke", data={"cifar10": "digits"})
+    assert {(p.config.model, p.config.epochs) for p in plan.runs()} == {("resnet20", 2)}
+
+
+def test_nothing_is_missing_without_a_word():
+    for name in ("2", "3", "5"):
+        plan = make_plan(load_suite(name), budget="smoke")
+        assert any("resnet50" in sentence for sentence in plan.missing)
+        assert any("imagenet" in sentence for sentence in plan.missing)
+    assert any("robustness" in sentence for sentence in plan.missing)
+    assert make_plan(load_suite("3"), budget="smoke").runnable == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"budget": "smal"}, "unknown budget 'smal'"),
+        ({"mode": "tunned"}, "unknown mode 'tunned'; did you mean 'tuned'?"),
+        ({"budget": "smoke"}, "declares no budget smoke"),
+        ({"data": {"cifar": "x"}}, "unknown data of this table 'cifar'"),
+        ({"seeds": [1, 1]}, "none twice"),
+    ],
+)
+def test_wrong_options_are_a_sentence(small, plan_of, options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        plan_of(small, **options)
+
+
+def test_an_impossible_value_names_its_cell(small, plan_of):
+    small["columns"]["S2-SAM"]["rho"] = -1
+    with pytest.raises(ValueError, match="digits, Static 90 %, S2-SAM: rho must be a number at least 0"):
+        plan_of(small)
+
+
+def test_names_that_would_share_a_folder_are_refused(small, plan_of):
+    small["rows"]["static"] = {"method": "magnitude"}
+    with pytest.raises(ValueError, match="'Static' and 'static' would share a folder"):
+        plan_of(small)
+    assert slug("MEST (EM)") != slug("MEST (EM&S)")

@@ -1,0 +1,100 @@
+"""The pool: outcomes as they come, and Ctrl-C, which saves what is under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from s2sam.suite.pool import cores, finished, reusable, run_here, train_one
+from s2sam.train.config import DataConfig, SamConfig, TrainConfig
+
+SCRIPT = "import sys; from s2sam.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def tiny(out, **changes):
+    return TrainConfig(
+        out=str(out), epochs=1, model_options={"width": 0.25}, sam=SamConfig(stats_every=0),
+        data_options=DataConfig(train_size=100), **changes,
+    )  # fmt: skip
+
+
+def test_a_failure_is_text_and_does_not_stop_the_others(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "letter.txt").touch()
+    outcomes = list(run_here({name: tiny(tmp_path / name) for name in "abc"}, 1))
+    assert [name for name, _, _ in outcomes] == ["a", "b", "c"]
+    assert [final is None for _, final, _ in outcomes] == [False, True, False]
+    assert outcomes[1][2].startswith("ValueError: ")
+
+
+def test_finished_means_the_same_settings_and_reusable_the_same_versions(tmp_path):
+    config = tiny(tmp_path / "a")
+    assert finished(config) is None
+    train_one("a", config)
+    assert finished(config).final["test_images"] == 359
+    assert reusable(config)
+    assert finished(tiny(tmp_path / "a", lr=0.2)) is None
+    env = json.loads((tmp_path / "a" / "env.json").read_text())
+    env["versions"]["torch"] = "1.0"
+    (tmp_path / "a" / "env.json").write_text(json.dumps(env))
+    assert finished(config)
+    assert not reusable(config)
+
+
+def test_there_is_a_core():
+    assert cores() >= 1
+
+
+def begin(tmp_path, small, jobs):
+    """A long table in a process group of its own, after it has begun `jobs` runs; none has finished an epoch."""
+    small["base"] |= {"epochs": 4000, "batch_size": 2, "data_options": {}}  # 647 steps an epoch
+    small["seeds"] = [0]
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(small))
+    command = [sys.executable, "-c", SCRIPT, "table", "t.yaml", "--out", "out", "--jobs", str(jobs), "--device", "cpu"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob("out/runs/*/config.yaml"))) < jobs and time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+def saved_steps(tmp_path):
+    import torch
+
+    paths = sorted(tmp_path.glob("out/runs/*/checkpoints/last.pt"))
+    return [torch.load(path, weights_only=True)["step"] for path in paths]
+
+
+def gone(group):
+    """True if no process of the group is left within a few seconds."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_saves_what_is_under_way(tmp_path, small, jobs):
+    process = begin(tmp_path, small, jobs)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip().splitlines()[-1]) == (130, "s2sam: interrupted")
+    assert len(saved_steps(tmp_path)) == jobs
+    assert min(saved_steps(tmp_path)) > 0
+    assert not list(tmp_path.glob("out/runs/*/DONE"))
+    assert gone(process.pid)

@@ -1,0 +1,168 @@
+"""The written table equals numbers worked out by hand; what the runs are not is said on it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import pytest
+
+from s2sam.suite.page import render
+from s2sam.suite.plan import make_plan
+from s2sam.suite.result import build_accuracy
+from s2sam.suite.schema import parse_suite
+from s2sam.suite.text import cells_csv, runs_csv, to_markdown, to_rich
+from s2sam.suite.write import write_table
+
+TOP1 = {("SGD", 0): 0.90, ("SGD", 1): 0.92, ("S2-SAM", 0): 0.91, ("S2-SAM", 1): 0.95}
+
+
+@pytest.fixture
+def table_of(invented):
+    """`table_of(plan)` -> its table with the accuracies above in every cell."""
+    return lambda plan, top1=TOP1: build_accuracy(
+        plan, {p: invented(p, top1[p.column, p.config.seed]) for p in plan.runs()}, {}
+    )
+
+
+def test_every_format_holds_the_numbers_worked_out_by_hand(small, plan_of, tmp_path, table_of):
+    # SGD: 91 +- 1.414; S2-SAM: 93 +- 2.828; differences 1 and 3: mean 2, sd sqrt(2), t(0.975, 1) = 12.7062
+    # half width = 12.7062 * sqrt(2) / sqrt(2) = 12.7062
+    table = table_of(plan_of(small))
+    text = "93.00 +- 2.83 (+2.00 [-10.71, +14.71])"
+    line = next(line for line in to_markdown(table).splitlines() if line.startswith("| Static"))
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["Static", "91.00 +- 1.41", text, "2"]
+    sgd, s2sam, pooled = csv.DictReader(io.StringIO(cells_csv(table)))
+    assert (float(sgd["value"]), float(sgd["sd"]), sgd["difference"], sgd["seeds"]) == (
+        pytest.approx(0.91), pytest.approx(0.0141421, abs=1e-6), "", "0 1",
+    )  # fmt: skip
+    for row in (s2sam, pooled):  # one cell: pooled is the cell
+        assert float(row["difference"]) == pytest.approx(0.02)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx((-0.107062, 0.147062), abs=1e-6)
+    assert [float(row["test_top1"]) for row in csv.DictReader(io.StringIO(runs_csv(table)))] == [0.90, 0.91, 0.92, 0.95]
+    page = render(table, how="s2sam table here")
+    assert "93.00 &plusmn; 2.83<small>+2.00 [-10.71, +14.71]</small>" in page
+    assert "<pre>s2sam table here</pre>" in page
+    paths = write_table(table, tmp_path / "written")
+    assert [path.name for path in paths] == ["table.md", "table.csv", "runs.csv", "table.html"]
+    assert (tmp_path / "written" / "table.md").read_text() == to_markdown(table)
+
+
+def test_the_page_needs_nothing_from_elsewhere(small, plan_of, table_of):
+    page = render(table_of(plan_of(small)))
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "<script" not in page
+    assert "$" not in page
+    assert "--ink:" in page  # the report's style is there
+
+
+def test_rows_are_methods_and_groups_are_sparsities(small, plan_of, table_of):
+    small["rows"]["SET"] = {"method": "set"}
+    small["sparsities"] = [0.9, 0.95]
+    markdown = to_markdown(table_of(plan_of(small)))
+    head, _, *rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == [
+        "", "90 %: SGD", "90 %: S2-SAM", "95 %: SGD", "95 %: S2-SAM", "n",
+    ]  # fmt: skip
+    assert [row.split("|")[1].strip() for row in rows] == ["Static", "SET"]
+    assert "S2-SAM minus SGD, mean over 4 cells: +2.00 points" in markdown
+    assert "S2-SAM at 95 % minus SGD, mean over 2 cells: +2.00 points" in markdown
+    assert "the 4 of the table hold together" in markdown
+
+
+def test_the_cells_interval_covers_the_whole_table(small, plan_of, table_of):
+    one = table_of(plan_of(small)).entries[1].interval
+    small["rows"]["SET"] = {"method": "set"}
+    two = table_of(plan_of(small)).entries[1].interval
+    assert one.half_width == pytest.approx(0.127062, abs=1e-6)
+    assert two.half_width == pytest.approx(0.254517, abs=1e-6)  # t(1 - 0.025 / 2, 1) = 25.4517
+
+
+def test_one_seed_has_no_interval_and_says_so(small, plan_of, table_of):
+    markdown = to_markdown(table_of(plan_of(small, seeds=[0])))
+    assert "| 91.00 (+1.00) " in markdown
+    assert "[" not in markdown.partition("## Notes")[0]
+    assert "Fewer than 2 seeds: no interval is printed" in markdown
+    assert "no interval" in render(table_of(plan_of(small, seeds=[0])))
+
+
+def test_missing_rows_stay_in_the_table(small, plan_of, table_of):
+    small["rows"]["DSR"] = {"method": "dsr"}
+    table = table_of(plan_of(small | {"planned": ["dsr"]}))
+    assert "Missing: the method dsr does not exist here yet." in to_markdown(table)
+    line = next(line for line in to_markdown(table).splitlines() if line.startswith("| DSR"))
+    assert line.count("missing") == 2
+    assert "the method dsr does not exist here yet" in cells_csv(table)
+    assert 'class="absent" title="missing: the method dsr' in render(table)
+    assert len(list(to_rich(table))) == 1
+
+
+def test_a_failed_run_takes_its_column_out_and_is_named(small, plan_of, invented):
+    small["rows"]["SET"] = {"method": "set"}
+    plan = plan_of(small)
+    broken = next(p for p in plan.runs() if p.cell.row == "SET" and p.column == "S2-SAM")
+    runs = {p: invented(p, TOP1[p.column, p.config.seed]) for p in plan.runs() if p is not broken}
+    runs = {p: run for p, run in runs.items() if p.name != broken.name}
+    table = build_accuracy(plan, runs, {broken: "RuntimeError: training diverged"})
+    entry = next(e for e in table.entries if e.cell.row == "SET" and e.column == "S2-SAM")
+    assert (entry.center, entry.difference, entry.state) == (None, None, "1 of 2 runs failed")
+    assert table.pooled["S2-SAM"].cells == 1
+    assert table.comparisons == 1
+    assert f"Failed: {broken.name}: RuntimeError: training diverged" in to_markdown(table)
+    assert "failed: RuntimeError: training diverged" in runs_csv(table)
+
+
+def test_without_a_reference_a_cell_is_compared_with_nothing(small, plan_of, invented):
+    plan = plan_of(small)
+    broken = next(p for p in plan.runs() if p.column == "SGD")
+    runs = {p: invented(p, TOP1[p.column, p.config.seed]) for p in plan.runs() if p.name != broken.name}
+    table = build_accuracy(plan, runs, {broken: "RuntimeError: training diverged"})
+    sgd, s2sam = table.entries
+    assert (sgd.center, sgd.state) == (None, "1 of 2 runs failed")
+    assert (s2sam.center, s2sam.difference) == (pytest.approx(0.93), None)
+    assert (table.pooled, table.comparisons) == ({}, 0)
+
+
+def test_several_versions_or_data_are_said_on_the_table(small, plan_of, invented):
+    plan = plan_of(small)
+    runs = {p: invented(p, TOP1[p.column, p.config.seed]) for p in plan.runs()}
+    assert "All runs were made by s2sam 0.1.0, torch 2.13.0, commit c0ffee." in build_accuracy(plan, runs, {}).notes
+    first, second, *_ = runs
+    runs[first] = invented(first, 0.9, env={"git_commit": "beef-dirty"})
+    runs[second] = invented(second, 0.91, data_digest="d2")
+    notes = " ".join(build_accuracy(plan, runs, {}).notes)
+    assert "made by 2 versions of the code: s2sam 0.1.0, torch 2.13.0, commit beef-dirty (1 runs); s2sam 0.1.0" in notes
+    assert "trained on 2 different sets of images: d1 (3 runs), d2 (1 runs)" in notes
+
+
+def test_a_badly_tuned_reference_is_called_out_at_full_budget(small, tmp_path, table_of):
+    small["tripwires"] = {"digits": {"Static": [95.0]}}
+    small["budgets"] = {"smoke": {}}
+    suite = parse_suite(small)
+    full, smoke = (table_of(make_plan(suite, budget=budget, out=tmp_path)) for budget in ("full", "smoke"))
+    assert any(
+        note.startswith("Tripwire: digits, Static 90 %, SGD reaches 91.00 %, below the 95 %") for note in full.notes
+    )
+    assert not any(note.startswith("Tripwire") for note in smoke.notes)
+
+
+def test_impossible_differences_are_cut_off(small, plan_of, table_of):
+    wild = {("SGD", 0): 0.1, ("SGD", 1): 0.9, ("S2-SAM", 0): 0.9, ("S2-SAM", 1): 0.1}
+    interval = table_of(plan_of(small), wild).entries[1].interval
+    assert (interval.low, interval.high) == (-1.0, 1.0)
+
+
+def test_scaling_and_stand_in_are_printed_on_the_table(small, plan_of, table_of):
+    small["base"]["epochs"] = 100
+    small["base"]["data"] = "cifar10"
+    small["budgets"] = {"smoke": {"seeds": 2, "set": {"epochs": 1}, "stand_in": {"data": "digits"}}}
+    markdown = to_markdown(table_of(plan_of(small, budget="smoke")))
+    assert (
+        "Scaled by --budget smoke, so these are not the numbers of Table 0: data cifar10 -> digits; epochs 100 -> 1."
+        in markdown
+    )
+    assert "stand in for the data of the table" in markdown
+    assert "nothing below is evidence" in render(table_of(plan_of(small, budget="smoke")))
+    assert "nothing below is evidence" not in render(table_of(plan_of(small | {"base": {}})))
+    assert "Mode matched" in markdown

@@ -1,0 +1,113 @@
+"""The keys of a table: each typo is answered with the nearest valid name, each impossible value with a sentence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s2sam.suite.schema import KEYS, load_suite, parse_suite, tables
+from s2sam.suite.tuned import check_tuned
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_every_table_of_the_package_is_whole(name):
+    suite = load_suite(name)
+    assert suite.description
+    assert suite.paper == f"Table {name}"
+    assert set(suite.budgets) == {"full", "short", "smoke"}
+    assert suite.budgets["smoke"].stand_in["data"] == "digits"
+    assert suite.columns[suite.reference]["sharpness"] == "none"
+    assert min(suite.seeds) >= 1000  # seeds below 100 screen settings
+
+
+def test_table_1_has_the_structure_of_the_paper():
+    suite = load_suite("1")
+    assert list(suite.blocks) == ["CIFAR-10", "CIFAR-100"]
+    assert suite.sparsities == (0.9, 0.95, 0.98)
+    assert {"LT", "SNIP", "GraSP", "SET", "DSR", "RigL", "MEST (EM)"} <= set(suite.rows)
+    assert list(suite.columns) == ["Original", "SAM", "S2-SAM"]
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_s2sam_is_that_of_the_paper_whatever_the_defaults_become(name):
+    column = load_suite(name).columns["S2-SAM"]
+    assert (column["sam.direction"], column["sam.sign"], column["sam.scale"], column["rho"]) == (
+        "gradient",
+        1,
+        "norm",
+        0.05,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
+        ({"rows": {"RigL": {"method": "riggl"}}}, "unknown method 'riggl'; did you mean 'rigl'?"),
+        ({"rows": {"RigL": {"metod": "rigl"}}}, "unknown key 'metod' in the row RigL; did you mean 'method'?"),
+        ({"base": {"model": "resnet23"}}, "unknown model 'resnet23'; did you mean"),
+        ({"base": {"data": "cifar1"}}, "unknown data 'cifar1'; did you mean 'cifar10'?"),
+        ({"measure": "acuracy"}, "unknown measure 'acuracy'; did you mean 'accuracy'?"),
+        ({"reference": "SDG"}, "unknown reference column 'SDG'; did you mean 'SGD'?"),
+        ({"budgets": {"smok": {}}}, "unknown budget 'smok'; did you mean 'smoke'?"),
+        ({"budgets": {"smoke": {"seed": 2}}}, "unknown key of the budget smoke 'seed'; did you mean 'seeds'?"),
+        ({"budgets": {"smoke": {"rows": ["Statik"]}}}, "did you mean 'Static'?"),
+        ({"budgets": {"smoke": {"sparsities": [0.8]}}}, "names the sparsity 0.8"),
+        ({"budgets": {"smoke": {"seeds": 0}}}, "seeds of the budget smoke must be a whole number of at least 1"),
+        ({"budgets": {"smoke": {"set": {"epoch": 1}}}}, "in set of smoke; did you mean 'epochs'?"),
+        ({"tuned": {"seeds": [5], "grids": {"SGDD": {}}}}, "did you mean 'SGD'?"),
+        ({"tuned": {"seeds": [5], "grids": {"SGD": {"lr": 0.1}}}}, "must be a list"),
+        ({"tripwires": {"digits": {"Static": [90.0, 91.0]}}}, "need one accuracy in % for each sparsity"),
+        ({"baselines": ["Nesterov"]}, "unknown column of baselines 'Nesterov'"),
+        ({"seeds": [1, 1]}, "none twice"),
+        ({"seeds": []}, "at least one seed"),
+        ({"seeds": ["a"]}, "whole number"),
+        ({"sparsities": [1.0]}, "at least 0 and below 1"),
+        ({"sparsities": 0.9}, "must be a list"),
+        ({"rows": {}}, "at least one row"),
+        ({"rows": ["rigl"]}, "must be `key: value` pairs"),
+    ],
+)
+def test_mistakes_are_a_sentence(small, change, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_suite(small | change)
+
+
+@pytest.mark.parametrize("key", ["title", "rows", "sparsities", "columns", "reference", "seeds"])
+def test_a_key_that_is_needed_is_named(small, key):
+    del small[key]
+    with pytest.raises(ValueError, match=f"lacks the key {key}"):
+        parse_suite(small)
+
+
+def test_a_planned_name_is_no_typo(small):
+    small["rows"]["New"] = {"method": "brandnew"}
+    with pytest.raises(ValueError, match="name it in `planned`"):
+        parse_suite(small)
+    assert parse_suite(small | {"planned": ["brandnew"]}).rows["New"] == {"method": "brandnew"}
+
+
+def test_the_example_in_the_docs_is_a_table_and_shows_every_key():
+    text = (Path(__file__).parents[2] / "docs" / "tables.md").read_text()
+    content = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    suite = parse_suite(content)
+    assert set(content) == set(KEYS) - {"paper"}
+    assert suite.blocks["mine"]["data"] == "./my-images"
+    check_tuned(suite)
+
+
+def test_files_that_are_no_table(tmp_path):
+    with pytest.raises(ValueError, match="there is no table at"):
+        load_suite(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("title: [\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_suite(bad)
+    bad.write_text("just a text\n")
+    with pytest.raises(ValueError, match="must be `key: value` pairs"):
+        load_suite(bad)
+    with pytest.raises(ValueError, match="unknown table '7'"):
+        load_suite("7")

@@ -1,0 +1,101 @@
+"""Mode tuned: equal searches, chosen on validation images, measured on fresh seeds, declared on the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from s2sam.suite.execute import run_plan
+from s2sam.suite.schema import parse_suite
+from s2sam.suite.text import runs_csv, to_markdown
+from s2sam.suite.tuned import check_tuned, choose, plan_trials
+
+GRIDS = {"SGD": {"lr": [0.05, 0.1]}, "S2-SAM": {"rho": [0.01, 0.05]}}
+
+
+@pytest.fixture
+def searched(small):
+    return small | {"tuned": {"seeds": [7, 8], "grids": GRIDS}}
+
+
+def test_unequal_searches_are_refused(searched):
+    searched["tuned"]["grids"] = GRIDS | {"S2-SAM": {"rho": [0.01, 0.05, 0.1]}}
+    with pytest.raises(ValueError, match="equally many trials in every column, not SGD 2, S2-SAM 3"):
+        check_tuned(parse_suite(searched))
+
+
+@pytest.mark.parametrize(
+    ("grids", "sentence"),
+    [
+        ({"SGD": {"lr": [0.1]}}, "S2-SAM has none"),
+        (GRIDS | {"SGD": {"epochs": [1, 2]}}, "unknown key to tune in the grid of SGD 'epochs'"),
+        (GRIDS | {"SGD": {"data_options.train_size": [1, 2]}}, "unknown key to tune"),
+    ],
+)
+def test_searches_that_are_not_fair_are_refused(searched, grids, sentence):
+    searched["tuned"]["grids"] = grids
+    with pytest.raises(ValueError, match=sentence):
+        check_tuned(parse_suite(searched))
+
+
+def test_a_table_without_a_search_says_so(small, plan_of):
+    with pytest.raises(ValueError, match="declares no search"):
+        plan_trials(plan_of(small, mode="tuned"))
+
+
+def test_screening_seeds_measure_nothing(searched, plan_of):
+    with pytest.raises(ValueError, match="seed 7 screens settings"):
+        plan_trials(plan_of(searched, mode="tuned", seeds=[7, 9]))
+
+
+def test_validation_chooses_and_test_accuracy_does_not(searched, plan_of, invented):
+    plan = plan_of(searched, mode="tuned")
+    trials = plan_trials(plan)
+    assert len(trials) == 2 * 2 * 2
+    assert {p.config.seed for p in trials} == {7, 8}
+    runs = {p: invented(p, top1=1.0 - p.trial / 2, val_top1=0.5 + p.trial / 4) for p in trials}
+    choices = choose(plan, runs)
+    assert {column: choice.settings for (_, column), choice in choices.items()} == {
+        "SGD": {"lr": 0.1}, "S2-SAM": {"rho": 0.05},
+    }  # fmt: skip
+    final = plan.runs({key: choice.settings for key, choice in choices.items()})
+    assert {(p.column, p.config.lr, p.config.rho, p.config.seed) for p in final} == {
+        ("SGD", 0.1, 0.05, 0), ("SGD", 0.1, 0.05, 1), ("S2-SAM", 0.1, 0.05, 0), ("S2-SAM", 0.1, 0.05, 1),
+    }  # fmt: skip
+
+
+def test_ties_go_to_the_first_and_failed_trials_are_out(searched, plan_of, invented):
+    plan = plan_of(searched, mode="tuned")
+    trials = plan_trials(plan)
+    equal = {p: invented(p, 0.9) for p in trials}
+    assert {choice.trial for choice in choose(plan, equal).values()} == {0}
+    lame = {p: run for p, run in equal.items() if not (p.trial == 0 and p.config.seed == 7)}
+    assert {choice.trial for choice in choose(plan, lame).values()} == {1}
+    with pytest.raises(ValueError, match=r"no trial of digits, Static 90 %, SGD went through"):
+        choose(plan, {p: run for p, run in equal.items() if p.column != "SGD"})
+    with pytest.raises(ValueError, match="val_fraction above 0"):
+        choose(plan, {p: invented(p, 0.9, val_top1=None) for p in trials})
+
+
+def test_the_table_declares_the_search(searched, plan_of, console):
+    searched["tuned"]["seeds"] = [7]
+    table = run_plan(plan_of(searched, mode="tuned"), console=console)
+    assert (len(table.runs), table.entries[0].n) == (4, 2)
+    markdown = to_markdown(table)
+    assert (
+        "Mode tuned: in every cell each column tried 2 settings (SGD: lr [0.05, 0.1]; S2-SAM: rho [0.01, 0.05])"
+        in markdown
+    )
+    assert "on the screening seeds 7" in markdown
+    assert "Mode matched" not in markdown
+    lines = list(csv.DictReader(io.StringIO(runs_csv(table))))
+    assert [(line["trial"], line["seed"]) for line in lines if line["column"] == "SGD"] == [
+        ("0", "7"), ("1", "7"), ("", "0"), ("", "1"),
+    ]  # fmt: skip
+    chosen = table.entries[0].setting
+    assert chosen.startswith("lr 0.")
+    assert f"Chosen for digits, Static 90 %, SGD: {chosen}." in markdown
+    lr = float(chosen.split()[1])
+    assert {run.config["lr"] for p, run in table.runs.items() if p.column == "SGD"} == {lr}
