@@ -7,13 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from study import CELLS, HERE, arms, baseline, chosen, rows
+from study import CELLS, CONFIRMED, HERE, arms, baseline, chosen, rows
 
 from s2sam.report.stats import Difference, deviation, paired_difference, t_interval
 
 EQUIVALENT = 0.5  #: points
-PAPER, NOISE = "+g-0.05", "noise like the candidate"
+PAPER, NOISE, ARMS = "+g-0.05", "noise like the candidate", 4
 Row = dict[str, Any]
+Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 
 
 def report() -> str:
@@ -69,12 +70,29 @@ def screening(found: Sequence[Row]) -> list[str]:
     ]
 
 
+def findings() -> list[tuple[str, Difference]]:
+    """The primary contrast and the paper's variant against the better baseline; empty before all runs are done."""
+    found = [row for row in rows() if row["stage"] == "confirmation"]
+    if len(found) < ARMS * len(CELLS) * len(CONFIRMED):
+        return []
+    cells, candidate, reference = design(found)
+    return [
+        (f"{arm} minus {reference}, mean over 4 cells", pooled(cells, arm, reference)) for arm in (candidate, PAPER)
+    ]
+
+
+def design(found: Sequence[Row]) -> tuple[Cells, str, str]:
+    """Cell -> arm -> seed -> row; the candidate; the better baseline."""
+    cells = {cell: by_arm([row for row in found if row["cell"] == cell]) for cell in CELLS}
+    reference = baseline()
+    candidate = next(arm for arm in next(iter(cells.values())) if arm not in (reference, PAPER, NOISE))
+    return cells, candidate, reference
+
+
 def confirmation(found: Sequence[Row]) -> list[str]:
     """Stage 3: the primary contrast, its cells, and the context."""
-    cells = {cell: by_arm([row for row in found if row["cell"] == cell]) for cell in CELLS}
+    cells, candidate, reference = design(found)
     names = list(next(iter(cells.values())))
-    reference = baseline()
-    candidate = next(arm for arm in names if arm not in (reference, PAPER, NOISE))
     lines = [
         [arm, *(f"{mean(cells[c][arm], 'test_top1'):.2f} ± {spread(cells[c][arm], 'test_top1')}" for c in CELLS)]
         for arm in names
@@ -101,7 +119,7 @@ def confirmation(found: Sequence[Row]) -> list[str]:
     return parts
 
 
-def pooled(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str, reference: str) -> Difference:
+def pooled(cells: Cells, arm: str, reference: str) -> Difference:
     """The difference of per-seed means over the cells."""
     means = [
         {seed: fmean(100 * groups[name][seed]["test_top1"] for groups in cells.values()) for seed in first(cells, name)}
@@ -110,7 +128,7 @@ def pooled(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str, refer
     return paired_difference(*means)
 
 
-def sparsity_contrast(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str, reference: str) -> str:
+def sparsity_contrast(cells: Cells, arm: str, reference: str) -> str:
     """Whether the sparser cells gain more."""
 
     def gain(cell: str, seed: int) -> float:
@@ -160,7 +178,7 @@ def by_arm(found: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return groups
 
 
-def first(cells: Mapping[str, Mapping[str, Mapping[int, Row]]], arm: str) -> list[int]:
+def first(cells: Cells, arm: str) -> list[int]:
     """The seeds of an arm."""
     return sorted(next(iter(cells.values()))[arm])
 

@@ -39,7 +39,12 @@ class MethodInfo:
 
     `kind` is "static" (one mask for the whole training), "dynamic" (the mask moves) or "iterative" (one mask for each
     of several trainings); `defaults` are its options; `dense_state` says that the optimizer state of pruned weights may
-    be non-zero.
+    be non-zero. `flops` says how its training is counted (:func:`s2sam.analysis.flops.training_flops`), by the
+    gradients that it looks at:
+
+        sparse            active weights only, at the density of the step; what is done before training is not counted
+        rigl              all weights in one step of `delta_t` + 1
+        dense_gradient    all weights in every step
     """
 
     name: str
@@ -48,6 +53,7 @@ class MethodInfo:
     kind: str
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     dense_state: bool = False
+    flops: str = "sparse"
 
     def load(self) -> Any:
         """The class, a subclass of `s2sam.sparse.base.Sparsifier`."""
@@ -117,6 +123,7 @@ _METHODS = (
         "Evci et al. 2020, arXiv:1911.11134",
         "dynamic",
         {"drop_fraction": 0.3, "delta_t": 100, "t_end": 0.75, "regrow_dropped": True, "sign_split": False},
+        flops="rigl",
     ),
     MethodInfo(
         "gmp",

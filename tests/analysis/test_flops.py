@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from s2sam.analysis.flops import TRAINING_RULES, count_macs, inference_flops, mean_sparse, training_flops
+from s2sam.analysis.flops import (
+    TRAINING_RULES,
+    count_macs,
+    inference_flops,
+    mean_sparse,
+    method_flops,
+    training_flops,
+)
 from s2sam.models import create_model
+from s2sam.registry import list_methods
 from s2sam.sparse.budget import densities
 
 
@@ -238,3 +246,20 @@ def test_bad_training_costs(change: dict, message: str) -> None:
 def test_bad_topologies(topology: list) -> None:
     with pytest.raises(ValueError, match="topology must begin at step 0"):
         mean_sparse({"a": 1}, topology, 100)
+
+
+@pytest.mark.parametrize("row", list_methods(), ids=lambda row: row.name)
+def test_every_method_is_counted_by_the_rule_of_its_row(row):
+    assert row.flops in TRAINING_RULES
+    assert row.flops != "dense"
+    assert method_flops(row.name, 10, 100, sharpness="sam") == 2 * 30 + (90 / 101 if row.name == "rigl" else 0)
+    looks = row.load().placement == "replace"  # grows by dense gradients, in steps that it takes for that
+    assert (row.flops == "rigl") is looks
+    assert ("delta_t" in row.defaults) or not looks
+
+
+def test_rules_follow_the_options_and_names_are_checked():
+    assert method_flops("rigl", 0, 100, options={"delta_t": 1, "t_end": 0.5}) == 50
+    assert method_flops("dense", 0, 100, sharpness="s2sam") == 300
+    with pytest.raises(ValueError, match="did you mean 'rigl'"):
+        method_flops("rigel", 1, 2)

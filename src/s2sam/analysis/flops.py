@@ -7,7 +7,7 @@ weight used twice counts twice. Products of activations (attention scores) have 
 work (BatchNorm, ReLU) is not counted, as in the tables of the sparse-training literature; 1 MAC = 2 FLOPs.
 
 A backward pass counts as two forwards, one for the gradient of the activations and one for that of the weights. A
-published "training FLOPs 0.25x" is :func:`training_flops` of the method over that of "dense".
+published "training FLOPs 0.25x" is :func:`method_flops` of the method over that of "dense".
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from s2sam.registry import find, list_methods
 from s2sam.sparse.names import unknown
 
 NO_WEIGHT = ""
@@ -119,6 +120,7 @@ def training_flops(
 
     "sparse" is every method that looks at active weights only: a static mask, SET, MEST; SNIP, GraSP and SynFlow after
     their mask is made. "rigl" has a dense weight gradient at one step in DT + 1, "dense_gradient" at every step (SNFS).
+    Which rule a method has stands in its row of the registry; :func:`method_flops` takes it from there.
     All are linear in f_S: for a method whose density moves (GMP, GraNet), give the mean of f_S over the steps, see
     :func:`mean_sparse`. As in the papers, the first layer's activation gradient counts too, and what is done element by
     element counts nothing: masks, the optimizer, the displacements of S2-SAM and SAM. That RigL stops looking after
@@ -152,6 +154,39 @@ def training_flops(
     if delta_t is None:
         return float(usual if rule == "sparse" else looking)
     return (usual * delta_t + looking) / (delta_t + 1)
+
+
+def method_flops(
+    method: str,
+    sparse: float,
+    dense: float,
+    *,
+    options: Mapping[str, Any] | None = None,
+    sharpness: str = "none",
+) -> float:
+    """:func:`training_flops` by the rule in the method's row of the registry; "dense" is a method too.
+
+    Args:
+        method: see `s2sam list methods`.
+        sparse: f_S, for a density that moves its mean over the steps; for LT over all its trainings, each of which
+            costs this much a step.
+        dense: f_D.
+        options: of the method; the defaults of its row where they are not given.
+        sharpness: none, s2sam or sam.
+
+    Raises:
+        ValueError: no such method; and as :func:`training_flops`.
+
+    >>> method_flops("set", 10, 100), method_flops("dense", 10, 100)
+    (30.0, 300.0)
+    >>> method_flops("rigl", 10, 100, options={"delta_t": 9})
+    39.0
+    """
+    if method == "dense":
+        return training_flops(sparse, dense, rule="dense", sharpness=sharpness)
+    row = find(list_methods(), method, "method")
+    delta_t = {**row.defaults, **(options or {})}["delta_t"] if row.flops == "rigl" else None
+    return training_flops(sparse, dense, rule=row.flops, delta_t=delta_t, sharpness=sharpness)
 
 
 def mean_sparse(

@@ -1,6 +1,7 @@
 """The ResNets for small images: a 3x3 stem, three stages of 16-32-64 channels x width, global average pooling.
 
-Depth = 6 n + 2 with n basic blocks a stage (8, 14, 20, 32, 56 for n = 1, 2, 3, 5, 9). Where the shape changes, the shortcut is
+Depth = 6 n + 2 with n basic blocks a stage (8, 14, 20, 32, 56 for n = 1, 2, 3, 5, 9). Where the shape changes, the
+shortcut is
 
 - "B" (default): a 1x1 convolution with stride 2 and BatchNorm. It is the default because the ResNet-32 of the
   sparse-training literature has it: at double width it holds 1,855,584 prunable weights (stem, blocks, two

@@ -1,0 +1,106 @@
+"""Writes the README's table of measurements from the committed files, and nothing else.
+
+python results/readme_table.py            # rewrites the part of README.md between the two markers
+python results/readme_table.py --check    # exit code 1 if that part is not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: results/readme_table.py -->", "<!-- end of measured -->"
+NAMES = {
+    "s2sam-gradient": "S2-SAM", "s2sam-momentum": "S2-SAM, direction momentum", "sam": "SAM", "rigl": "RigL",
+    "rigl+s2sam": "RigL + S2-SAM", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
+    "vit-tiny-64-tokens": "ViT-Tiny, 64 tokens",
+    "trainer": "dense, SGD", "trainer+s2sam": "dense, S2-SAM", "trainer+rigl+s2sam": "RigL, S2-SAM",
+}  # fmt: skip
+Row = tuple[str, str, str, str]
+
+
+def step_cost(path: Path) -> Iterator[Row]:
+    """1 + added optimizer time / SGD step, by network and method."""
+    found = json.loads(path.read_text())
+    for network, measured in found["networks"].items():
+        for method, values in measured["alone"]["contestants"].items():
+            yield (
+                f"step time / SGD's, {NAMES.get(network, network)}, {NAMES.get(method, method)}",
+                *interval(values["ratio"], 4), source(path, found),
+            )  # fmt: skip
+
+
+def throughput(path: Path) -> Iterator[Row]:
+    """Trainer / pure forward and backward."""
+    found = json.loads(path.read_text())
+    for network, measured in found["networks"].items():
+        for contestant, values in measured["contestants"].items():
+            if contestant.startswith("trainer"):
+                yield (
+                    f"images/s of the trainer / of forward + backward alone, {NAMES[network]}, {NAMES[contestant]}",
+                    *interval(values["ratio_to_pure"], 3), source(path, found),
+                )  # fmt: skip
+
+
+def study(folder: Path) -> Iterator[Row]:
+    """The contrasts of the direction study, once its confirmation has run."""
+    sys.path.insert(0, str(folder))
+    from analyse import findings
+
+    link = f"[{folder.name}]({folder.relative_to(ROOT)}/report.md), proxy on a CPU"
+    for what, gap in findings():
+        bounds = "none" if gap.interval is None else f"[{gap.interval.low:+.2f}, {gap.interval.high:+.2f}], n = {gap.n}"
+        yield what, f"{gap.mean:+.2f} points", bounds, link
+
+
+def interval(values: dict[str, Any], digits: int) -> tuple[str, str]:
+    """Value and interval as text."""
+    low, high = values["interval"]
+    return f"{values['value']:.{digits}f}", f"[{low:.{digits}f}, {high:.{digits}f}], n = {values['n']}"
+
+
+def source(path: Path, found: dict[str, Any]) -> str:
+    """Link to the file, hardware, command."""
+    hardware = found["hardware"]
+    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['torch_threads']} threads"
+    return f"[{where}]({path.relative_to(ROOT)}), `{found['command']}`"
+
+
+def table() -> str:
+    """The Markdown table of everything there is."""
+    results = ROOT / "benchmarks" / "results"
+    rows: list[Row] = []
+    for path in sorted(results.glob("step_overhead_*.json")):
+        rows += step_cost(path)
+    for path in sorted(results.glob("throughput_*.json")):
+        rows += throughput(path)
+    rows += study(ROOT / "results" / "direction-study")
+    head = [("measured", "value", "95 % interval", "file and command"), ("---",) * 4]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (*head, *rows))
+
+
+def main() -> int:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        sys.exit(f"README.md lacks the markers {BEGIN} and {END}; put them where the table belongs")
+    new = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    if check:
+        return int(new != text)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
