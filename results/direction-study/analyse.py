@@ -7,9 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from study import CELLS, CONFIRMED, HERE, arms, baseline, chosen, rows
-
 from s2sam.report.stats import Difference, deviation, paired_difference, t_interval
+from study import CELLS, CONFIRMED, HERE, arms, baseline, chosen, rows
 
 EQUIVALENT = 0.5  #: points
 PAPER, NOISE, ARMS = "+g-0.05", "noise like the candidate", 4
