@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import pickle
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,8 @@ from s2sam import S2SAM, sparsify
 from s2sam.data import load_data
 from s2sam.data.loader import Batches
 
+#: what loading a file that is torn, or that another program wrote, ends in
+BAD = (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 STEPS, SAVE_EVERY, BATCH, PARTS = 60, 10, 64, 2
 
 
@@ -46,10 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"model": model, "optimizer": optimizer, "sparsifier": sparsifier, "schedule": schedule, "batches": batches}
     step = 0
     if resume:
-        saved = torch.load(options.checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        step = saved["step"]
+        try:
+            step = load(options.checkpoint, parts)
+            sparsifier.verify()
+        except BAD as error:
+            reason = " ".join(str(error).split())[:150] or type(error).__name__
+            print(f"{options.checkpoint} is torn or of another program ({reason}); delete it to start", file=sys.stderr)
+            raise SystemExit(2) from None
         print(f"going on after step {step}")
 
     while step < STEPS:
@@ -71,6 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"steps     {step}\nsparsity  {sparsifier.sparsity():.4f}\nupdates   {sparsifier.updates}\nweights   {digest}"
     )
+
+
+def load(path: Path, parts: dict[str, Any]) -> int:
+    """Put the checkpoint into the parts; returns its step."""
+    saved = torch.load(path, weights_only=True)
+    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+        raise ValueError("it holds no step")
+    for name, part in parts.items():
+        if name not in saved:
+            raise ValueError(f"it holds no {name}")
+        part.load_state_dict(saved[name])
+    return int(saved["step"])
 
 
 def save(path: Path, state: dict[str, object]) -> None:

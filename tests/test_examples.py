@@ -25,6 +25,14 @@ def test_minimal_trains_a_sparse_network_at_the_displaced_point():
     assert numbers["topology updates"] > 5
 
 
+@pytest.fixture(scope="module")
+def own_checkpoint(tmp_path_factory):
+    """The bytes of a checkpoint of that program."""
+    path = tmp_path_factory.mktemp("own") / "own.pt"
+    runpy.run_path(str(ROOT / "examples" / "own_loop_resume.py"))["main"](["--checkpoint", str(path)])
+    return path.read_bytes()
+
+
 def test_a_loop_of_ones_own_resumes_bit_by_bit(tmp_path, capsys):
     path = ROOT / "examples" / "own_loop_resume.py"
     checkpoint = tmp_path / "own.pt"
@@ -43,6 +51,34 @@ def test_a_loop_of_ones_own_resumes_bit_by_bit(tmp_path, capsys):
     for key in ("s2sam_buffer", "momentum_buffer"):
         for left, right in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
             assert torch.equal(left[key], right[key])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path, saved: path.write_bytes(path.read_bytes()[:-500]), r"is torn or of another program \("),
+        (lambda path, saved: path.write_text(""), r"is torn or of another program \("),
+        (lambda path, saved: torch.save(torch.ones(2), path), "it holds no step"),
+        (lambda path, saved: torch.save(saved | {"step": "ten"}, path), "it holds no step"),
+        (lambda path, saved: saved.pop("sparsifier") and torch.save(saved, path), "it holds no sparsifier"),
+        (lambda path, saved: torch.save(saved | {"model": {}}, path), "Missing key"),
+        (lambda path, saved: torch.save(saved | {"schedule": 5}, path), r"is torn or of another program \("),
+        (lambda path, saved: saved["model"]["0.weight"].fill_(1) is not None and torch.save(saved, path), "do not fit"),
+    ],
+    ids=["torn", "empty", "foreign", "step", "incomplete", "model", "schedule", "masks"],
+)
+def test_a_loop_of_ones_own_refuses_what_it_cannot_read(tmp_path, capsys, own_checkpoint, spoil, reason):
+    path = tmp_path / "own.pt"
+    path.write_bytes(own_checkpoint)
+    spoil(path, torch.load(path, weights_only=True))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "examples" / "own_loop_resume.py"))["main"](["--checkpoint", str(path)])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert err.startswith(str(path)) and err.endswith("; delete it to start\n") and err.count("\n") == 1
+    assert re.search(reason, err)
+    assert path.read_bytes() == before
 
 
 def test_the_readme_loop_runs_as_printed(make_generator):

@@ -15,8 +15,12 @@ import s2sam
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "s2sam"
-CORE = [SOURCE / "hooks.py", SOURCE / "attach.py", SOURCE / "registry.py", SOURCE / "sam", SOURCE / "sparse"]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CORE = [SOURCE / name for name in ("tensors.py", "hooks.py", "attach.py", "registry.py", "sam", "sparse")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
 EXTRAS = {
     *("cli", "timm", "hub", "shards", "tensorboard", "wandb", "trackio", "mlflow", "onnx", "corruptions", "lightning"),
     *("transformers", "ray", "slurm", "dev", "docs"),
@@ -104,14 +108,24 @@ def test_nothing_speaks_of_one_machine():
     assert guilty == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+    assert [link for link in links(page) if not (page.parent / link).exists()] == []
 
 
-def test_links_are_looked_at():
-    assert "](CONTRIBUTING.md)" in (ROOT / "README.md").read_text()
+def links(page: Path) -> list[str]:
+    """The files that a page links to, in text and in reference definitions; not what stands in a block of code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) + re.findall(r"^\[[^\]]+\]: ([^#\s]+)", text, re.MULTILINE)
+    return [link for link in found if "://" not in link and not link.startswith("mailto:")]
+
+
+def test_links_are_looked_at(tmp_path):
+    assert {p.name for p in PAGES} >= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data.md", "rigl.md"}
+    assert "CONTRIBUTING.md" in links(ROOT / "README.md")
+    page = tmp_path / "page.md"
+    page.write_text("[a](b.md#c) [d](#e) [f](https://g)\n[h]: i.md\n```\nx[0](y)\n```\n")
+    assert links(page) == ["b.md", "i.md"]
 
 
 def test_the_readme_names_the_five_files_and_both_commands():

@@ -20,6 +20,16 @@ def kinds(tensors: Iterable[Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from the CPU to a GPU by way of pinned memory, so that the host does not wait for the GPU.
+
+    A plain `.to("cuda")` of a tensor in ordinary memory waits for all that is queued there.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """The tensors as lists of one device and dtype each, order kept.
 

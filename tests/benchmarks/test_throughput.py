@@ -2,20 +2,24 @@
 
 import argparse
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
+import _packed
 import throughput
 from _timing import Clock
+from s2sam.train.config import TrainConfig
 
 
 @pytest.fixture
 def options():
     return argparse.Namespace(
-        batch=4, steps=3, workers=0, precision="fp32", channels_last=False, quick=True, device="cpu"
-    )
+        batch=4, steps=3, workers=0, precision="fp32", channels_last=False, quick=True, device="cpu", width=1,
+        compile="none", packed=None,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -73,8 +77,51 @@ def test_quick_run_writes_a_complete_result(tmp_path, capsys):
     assert "trainer / pure, resnet20" in capsys.readouterr().out
 
 
-def test_the_bar_is_for_cpus():
-    ratio = {"value": 0.95, "interval": [0.94, 0.96], "n": 2}
-    measured = {"net": {"contestants": {"trainer": {"ratio_to_pure": ratio}}}}
-    assert throughput.judge(measured, torch.device("cpu"))[0]["holds"] is True
-    assert throughput.judge(measured, torch.device("cuda"))[0]["holds"] is None
+@pytest.mark.parametrize(
+    ("device", "network", "batch", "bars"),
+    [
+        ("cpu", "resnet32", 128, {"pure": (0.9, False)}),
+        ("cuda", "resnet32", 128, {"pure": (0.85, True), "plain": (5.0, False)}),
+        ("cuda", "resnet20", 128, {"pure": (0.85, True)}),
+        ("cuda", "resnet32", 64, {"pure": (0.85, True)}),
+        ("mps", "resnet32", 128, {"pure": (None, None)}),
+    ],
+)
+def test_the_bars_depend_on_the_device(options, device, network, batch, bars):
+    options.batch = batch
+    ratios = {"ratio_to_pure": {"value": 0.87, "interval": [0.86, 0.88], "n": 2}, "ratio_to_plain": {"value": 4.9}}
+    found = throughput.judge({network: {"contestants": {"trainer": ratios}}}, torch.device(device), options)
+    assert {bar["bar"]: (bar["limit"], bar["holds"]) for bar in found} == {
+        f"trainer / {other}, {network}": expected for other, expected in bars.items()
+    }
+
+
+def test_the_goal_of_a_packed_run_is_for_a_gpu_and_the_wide_network():
+    found = {"gain": {"value": 0.99, "interval": [0.9, 1.1], "n": 2}, "full_run": _packed.full_run(80_000.0, 4)}
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 2, found, cuda)] == [False, True]
+    assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 1, found, cuda)] == [False]
+    assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 2, found, cpu)] == [False]
+
+
+def test_packed_trainers_are_processes_that_train_at_the_same_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # that of this process
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    out = tmp_path / "result.json"
+    throughput.main(["--quick", "--packed", "2", "--fused", "--out", str(out)])
+    result = json.loads(out.read_text())
+    row = result["networks"]["resnet20"]
+    assert (row["processes"], row["threads_of_each"], row["threads_of_single"]) == (2, 1, 2)
+    one, both = (row["images_per_second"][key]["value"] for key in ("single", "packed"))
+    assert one > 0 and both > 0 and row["gain"]["n"] == 2
+    assert row["full_run"]["seconds_of_all"] == pytest.approx(2 * row["full_run"]["seconds_per_run"], rel=1e-3)
+    assert row["full_run"]["seconds_per_run"] == pytest.approx(160 * 50_000 / both, rel=1e-3)
+    assert result["settings"]["packed"] == 2
+    assert isinstance(row["machine_was_alone"], bool) or not hasattr(os, "getloadavg")
+    assert "packed / single, resnet20" in capsys.readouterr().out
+
+
+def test_a_packed_trainer_that_ends_is_an_error(tmp_path):
+    config = TrainConfig(data=str(tmp_path / "absent.npz"), device="cpu")
+    with pytest.raises(RuntimeError, match="a packed trainer has ended"):
+        _packed.Team(config, 1, 1, tmp_path)

@@ -51,7 +51,7 @@ def test_check_prints_what_is_there(npz: Path, capsys: pytest.CaptureFixture[str
     found = blocks(capsys.readouterr().out)
     facts = dict(found["data"])
     data = load_data(npz, val_fraction=0.0)
-    assert facts["name"] == "own"
+    assert facts["name"] == "own.npz"
     assert facts["form"] == "npz"
     assert facts["images"].startswith("1 channels, 4x6 pixels")
     assert facts["train"].startswith("20 images")
@@ -139,6 +139,12 @@ def test_a_bar_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["data", "get", "cifar10", "--url", url, "--out", str(tmp_path / "x")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'x'}\n"
+
+
+def test_the_help_says_how_a_file_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "get", "--help"])
+    assert "--url file:///PATH/cifar-10-python.tar.gz" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

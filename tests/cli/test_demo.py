@@ -62,7 +62,12 @@ def test_it_writes_table_and_page_and_names_the_page_last(finished):
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert len(rows) == 7
     assert {row["verdict"] for row in rows if row["treatment"] == "SGD"} == {"reference"}
-    assert all(float(row["cost_ratio"]) > 0.5 and row["test_images"] == "359" for row in rows)
+    assert all(
+        float(row["step_ratio_same_network"]) > 0.5
+        and float(row["step_ratio_dense_network"]) > 0.5
+        and row["test_images"] == "359"
+        for row in rows
+    )
     assert (out / "table.md").read_text().startswith("| arm ")
     assert "s2sam demo" in (out / "report.html").read_text()
     assert printed.splitlines()[-1] == str(out / "report.html")
@@ -74,7 +79,7 @@ def test_displacement_is_realised_in_the_s2sam_runs(finished):
     out, _ = finished
     for arm in group_runs(read_runs([out])):
         for run in arm.runs.values():
-            measured = [r["displacement"] for r in run.steps if "displacement" in r]
+            measured = [r["displacement"] for r in run.steps if "displacement" in r and r["step"] > 0]  # 0 is plain
             assert bool(measured) == (arm.treatment == "S2-SAM")
             assert measured == pytest.approx([0.05] * len(measured), rel=1e-3)
 

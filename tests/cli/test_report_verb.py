@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from s2sam.cli import demo
 from s2sam.cli.main import main
+from s2sam.report.read import read_run
+from s2sam.train.config import DataConfig, OptimConfig, SamConfig, TrainConfig
 from s2sam.train.loop import run
 
 
@@ -65,3 +69,44 @@ def test_unfinished_run_is_refused_by_name(runs, tmp_path, capsys):
     (config.folder / "DONE").unlink()
     assert main(["report", str(config.folder)]) == 2
     assert f"{config.folder} is not a finished run" in capsys.readouterr().err
+
+
+def test_displacements_of_all_kinds_stand_side_by_side(tmp_path, capsys):
+    kinds = {
+        "late": SamConfig(rho_schedule="late", rho_start=1.0, stats_every=3),  # never displaced
+        "rising": SamConfig(rho_schedule="rising", stats_every=3),
+        "random": SamConfig(direction="random", scope="norm", stats_every=3),
+        "filter": SamConfig(scale="filter", sign=-1, stats_every=0),
+        "plain": SamConfig(),
+    }
+    for seed in (0, 1):
+        for name, sam in kinds.items():
+            run(
+                TrainConfig(
+                    method="static",
+                    sharpness="none" if name == "plain" else "s2sam",
+                    sam=sam,
+                    optim=OptimConfig(ema=0.5),
+                    data_options=DataConfig(train_size=320),
+                    epochs=2,
+                    seed=seed,
+                    out=str(tmp_path / "runs" / f"{name}-{seed}"),
+                )
+            )
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html"), "--tables"]) == 0
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [row["n"] for row in rows] == ["2"] * 5
+    assert rows[0]["treatment"] == "SGD"
+    names = " ".join(row["treatment"] for row in rows[1:])
+    for setting in ("rho_schedule late", "rho_schedule rising", "direction random", "scope norm", "scale filter"):
+        assert setting in names
+    finals = [read_run(folder).final for folder in sorted((tmp_path / "runs").glob("plain-*"))]
+    for key in ("recalibrated_test_top1", "ema_test_top1"):
+        assert float(rows[0][f"{key}_mean"]) == pytest.approx(sum(final[key] for final in finals) / 2)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("averaged weights&nbsp;%") == page.count("BatchNorm re-estimated&nbsp;%") == 2
+    printed = capsys.readouterr().out
+    assert "averaged weights %" in printed
+    for row in rows:
+        assert f"{100 * float(row['test_top1_mean']):.2f} (" in printed
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed  # the names give way, not the numbers

@@ -150,8 +150,35 @@ def test_impossible_sparsity(sparsity, capsys, out):
         (["--epochs", "0"], "epochs must be"),
         (["--sparsity", "0.99999"], "the largest"),
         (["--sparse.options.drop-fraction", "2"], "drop_fraction"),
-        (["--sparse.include", "[nothing]"], "nothing"),
+        (["--sparse.include", "[nothing]"], "unknown name or module class in include: 'nothing'"),
+        (["--sparse.include", "nothing"], "unknown name or module class in include: 'nothing'"),
+        (["--sparse.exclude", "clasifier"], "did you mean 'classifier.bias'"),
+        (["--model-options", "5"], "model_options must be a mapping, as in --model_options.NAME VALUE, got 5"),
+        (["--schedule.milestones", "5"], "schedule.milestones must be a list, as in"),
         (["--data", "no/such/folder"], "there is no data at no/such/folder"),
+        (["--data", "./nowhere"], "there is no data at ./nowhere: no such path exists"),
+        (
+            ["--data-options.options.resize", "5"],
+            "unknown option of digits data 'resize': it has none, leave this one out",
+        ),
+        (["--data-options.cutout", "100"], "data_options.cutout 100 is larger than the images of 8x8 pixels; lower it"),
+        (
+            [
+                "--method",
+                "lt",
+                "--epochs",
+                "2",
+                "--batch-size",
+                "64",
+                "--data-options.train-size",
+                "128",
+                "--sparse.options.rewind-step",
+                "4",
+            ],
+            "rewind_step 4 is not inside the first training, which has 4 steps; lower it, or train longer",
+        ),
+        (["--method", "mest", "--sparse.options.phases", "0.5"], "phases must be a list such as [0.5, 0.75], got 0.5"),
+        (["--method", "lt", "--sparse.options.rewind_step", "a"], "rewind_step must be a whole number of at least 0"),
         (["--config", "no/such.yaml"], "no configuration file at no/such.yaml"),
         (["--data-options.train-size", "5000"], "train_size must be a whole number from 1 to"),
     ],
@@ -160,6 +187,15 @@ def test_impossible_sparsity(sparsity, capsys, out):
 def test_bad_input_names_what_would_do(argv, sentence, capsys, out):
     assert sentence in refused(argv, capsys, out)
     assert not out.exists()
+
+
+def test_an_option_that_the_method_does_not_have_is_told_once(capsys, out):
+    argv = ["train", "--epochs", "1", "--data-options.train-size", "128", "--method", "static", "--out", str(out)]
+    assert main([*argv, "--sparse.options.drop_fraction", "0.2"]) == 0
+    said = "s2sam: warning: method static has no option drop_fraction; left aside, see `s2sam list methods`\n"
+    assert capsys.readouterr().err == said
+    assert main([*argv, "--overwrite"]) == 0
+    assert capsys.readouterr().err == "", "delta_t is a default of the configuration, not the user's wish"
 
 
 def test_unknown_key_in_a_file(tmp_path, capsys, out):
@@ -188,6 +224,43 @@ def test_images_that_are_not_numbers(tmp_path, capsys, out):
     np.savez(tmp_path / "x.npz", train_x=x, train_y=y, test_x=x, test_y=y)
     assert "row 3" in refused(["--data", str(tmp_path / "x.npz")], capsys, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (np.arange(19) % 2, "but there are 20 images and 19 labels"),
+        (np.arange(20) % 2 - 1, "has the label -1"),
+        (np.arange(20) % 2 * 0.5, "must hold integers"),
+        (np.arange(20).astype(str), "must be an array of numbers, got <U"),
+        (np.arange(20) * 10**9, "the label 19000000000 cannot be a class number"),
+        (np.zeros((20, 1), np.int64), "int64 of shape (20,)"),
+    ],
+    ids=["length", "negative", "float", "text", "huge", "shape"],
+)
+def test_wrong_labels_name_the_file(tmp_path, capsys, out, labels, sentence):
+    x = np.zeros((20, 1, 4, 4), np.uint8)
+    np.savez(tmp_path / "mine.npz", train_x=x, train_y=labels, test_x=x, test_y=np.arange(20) % 2)
+    err = refused(["--data", str(tmp_path / "mine.npz")], capsys, out)
+    assert "mine.npz: " in err
+    assert sentence in err
+    assert not out.exists()
+
+
+def test_one_name_is_a_list_of_one(out, capsys):
+    assert main(["train", *QUICK, "--method", "static", "--sparse.exclude", "classifier", "--out", str(out)]) == 0
+    from safetensors.torch import load_file
+
+    assert "classifier.weight" not in load_file(out / "masks.safetensors")
+    assert load_config(out / "config.yaml").sparse.exclude == "classifier"
+
+
+def test_the_help_names_every_kind_of_data(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for kind in ("digits", "CIFAR", "binary or Python", "train/CLASS/", "train.parquet", ".npz"):
+        assert kind in text
 
 
 def test_finished_run_stays(out, capsys):

@@ -147,7 +147,7 @@ def write_npz(path: Path, **change: object) -> Path:
 
 def test_npz_round_trip(tmp_path: Path) -> None:
     data = load_data(write_npz(tmp_path / "own.npz", classes=["cat", "dog"]), train_size=10, seed=1)
-    assert (data.name, data.classes, len(data.train_x), len(data.val_x)) == ("own", ("cat", "dog"), 10, 2)
+    assert (data.name, data.classes, len(data.train_x), len(data.val_x)) == ("own.npz", ("cat", "dog"), 10, 2)
     assert torch.equal(data.test_x, images(6))
     assert data.train_y.bincount().tolist() == [5, 5]
 
@@ -223,7 +223,9 @@ def test_loading_leaves_the_global_random_state_alone() -> None:
         ("cifar", "'cifar' is a form, not a data set"),
         ("cifar10", "there is no folder cifar10: `s2sam data get cifar10` gets it, then give --data data/cifar10"),
         ("cifar1000", "unknown data 'cifar1000'; did you mean 'cifar100'"),
-        ("no/such/folder", "there is no data at no/such/folder: give 'digits', an .npz file, or a folder"),
+        ("no/such/folder", "there is no data at no/such/folder: no such path exists; give 'digits', an .npz file, or"),
+        ("./nowhere", "there is no data at ./nowhere: no such path exists; give 'digits'"),
+        ("nowhere/", "there is no data at nowhere/: no such path exists"),
         ("images.npz", "there is no data at images.npz"),
     ],
 )
@@ -257,7 +259,7 @@ def test_a_folder_is_recognised_or_its_fault_is_named(tmp_path: Path) -> None:
         load_data(tmp_path)
     assert find_row("digits").name == "digits"
     assert data_options(write_npz(tmp_path / "own.npz")) == {}
-    with pytest.raises(ValueError, match="unknown option of digits data 'resize'"):
+    with pytest.raises(ValueError, match="unknown option of digits data 'resize': it has none, leave this one out"):
         load_data("digits", resize=4)
 
 

@@ -47,6 +47,33 @@ def test_keys_without_effect_make_no_arm(make_run):
     assert len(arms_of(make_run("rigl", "s2sam", 0), make_run("rigl", "s2sam", 1, sam=sam_options))) == 2
 
 
+def test_keys_that_an_older_run_lacks_have_their_defaults(make_run):
+    new = {"direction": "gradient", "sign": 1, "scale": "norm", "scope": "all", "rho_schedule": "constant"}
+    arms = arms_of(make_run("rigl", "s2sam", 0), make_run("rigl", "s2sam", 1, sam=new, evaluate_every=2))
+    assert [sorted(arm.runs) for arm in arms] == [[0, 1]]
+    idle = new | {"ema_beta": 0.99, "rho_start": 0.5, "stats_every": 0}
+    assert len(arms_of(make_run("rigl", "s2sam", 0), make_run("rigl", "s2sam", 1, sam=idle))) == 1
+    for change in ({"direction": "ema"}, {"rho_schedule": "late"}):
+        runs = [make_run("rigl", "s2sam", seed, sam=s | change) for seed, s in enumerate((new, idle))]
+        assert len(arms_of(*runs)) == 2
+
+
+def test_everything_about_the_displacement_makes_an_arm(make_run):
+    options = [
+        {"rho_schedule": "late", "rho_start": 0.5},
+        {"rho_schedule": "late"},
+        {"rho_schedule": "lr"},
+        {"direction": "ema", "ema_beta": 0.5},
+        {"scope": "norm"},
+        {"scale": "step"},
+        {"sign": -1},
+    ]
+    arms = arms_of(make_run("rigl"), *(make_run("rigl", "s2sam", sam=one) for one in options))
+    assert len({arm.name for arm in arms}) == len(arms) == 8
+    assert "rho_schedule late" in arms[1].treatment and "rho_start 0.5" in arms[1].treatment
+    assert {reference_of(arm, arms).treatment for arm in arms[1:]} == {"SGD"}
+
+
 def test_arms_that_share_a_name_are_told_apart(make_run):
     arms = arms_of(make_run("rigl"), make_run("rigl", "s2sam", rho=0.05), make_run("rigl", "s2sam", rho=0.1))
     assert [arm.treatment for arm in arms] == ["SGD", "S2-SAM (rho 0.05)", "S2-SAM (rho 0.1)"]

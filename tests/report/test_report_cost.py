@@ -30,6 +30,20 @@ def test_ratios_within_a_round_cancel_what_disturbs_the_machine(arms):
     assert "9 rounds" in cost.how
 
 
+def test_cost_against_the_dense_network(arms):
+    rounds = rounds_of(arms)
+    rounds["Dense, SGD"] = [0.004] * 9
+    costs = cost_from_rounds(rounds, arms)
+    assert costs["Dense, SGD"].dense_text == "1.00x"
+    assert costs["RigL 90 %, SGD"].text == "1.00x"
+    assert costs["RigL 90 %, SGD"].dense_text == "2.50x (2.50 to 2.50)"
+    assert costs["Static ERK 90 %, SAM"].dense == pytest.approx(5.0)
+    without = [arm for arm in arms if not arm.dense]
+    assert {cost.dense_text for cost in cost_from_rounds(rounds, without).values()} == {"-"}
+    assert cost_from_runs(arms)["RigL 90 %, SAM"].dense == pytest.approx(2.0)
+    assert cost_from_runs(without)["RigL 90 %, SAM"].dense is None
+
+
 def test_interval_of_the_median_ratio(arms):
     rounds = rounds_of(arms)
     rounds["RigL 90 %, SAM"] = [0.01 * r for r in (1.1, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -142,3 +143,18 @@ def test_places_that_cannot_be_written_are_refused(make_run, tmp_path):
         write_report(table, tmp_path / "file" / "report.html")
     with pytest.raises(ValueError, match="is a folder"):
         write_report(table, tmp_path)
+
+
+def test_further_accuracies_are_on_the_page(make_run):
+    folders = [make_run("rigl", sharpness) for sharpness in ("none", "s2sam")]
+    for folder, top1 in zip(folders, (0.9375, 0.8125), strict=True):
+        *rest, last = (folder / "metrics.jsonl").read_text().splitlines()
+        record = json.loads(last) | {"recalibrated_test_top1": top1}
+        (folder / "metrics.jsonl").write_text("\n".join([*rest, json.dumps(record)]) + "\n")
+    page = render(make_table(folders))
+    checked(page)
+    assert page.count("BatchNorm re-estimated&nbsp;%") == 2  # the table of arms, the list of runs
+    assert page.count("<td>93.75</td>") == page.count("<td>81.25</td>") == 2
+    assert "averaged weights" not in page
+    assert "step time vs SGD, same network" in page
+    assert "dense network</th>" not in page

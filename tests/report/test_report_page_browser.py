@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from s2sam.report.html import render
+from s2sam.report.write import make_table
+
 
 @pytest.fixture(scope="module")
 def page(design_page, tmp_path_factory):
@@ -28,8 +31,20 @@ def test_page_is_quiet_and_fits(browser, page, width, dark):
     assert light_text == dark  # the text of the figures follows the theme
 
 
-def test_text_of_figures_stays_inside_their_cards(browser, page):
-    _, _, evaluate = browser.open(page, width=390)
+@pytest.fixture
+def long_names(make_run, tmp_path):
+    """A page whose arms differ in many settings, so that their names are long."""
+    late = {"direction": "momentum", "scale": "relative", "scope": "weights", "rho_schedule": "late", "sign": -1}
+    runs = [make_run("rigl"), make_run("rigl", "s2sam"), make_run("rigl", "s2sam", sam=late)]
+    path = tmp_path / "long.html"
+    path.write_text(render(make_table(runs)), encoding="utf-8")
+    assert "S2-SAM (direction momentum, sign -1, scale relative" in path.read_text(encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.mark.parametrize("which", ["page", "long_names"])
+def test_text_of_figures_stays_inside_their_cards(browser, which, request):
+    _, _, evaluate = browser.open(request.getfixturevalue(which), width=390)
     outside = evaluate(
         "[...document.querySelectorAll('figure')].flatMap(f => { const box = f.getBoundingClientRect();"
         " return [...f.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();"

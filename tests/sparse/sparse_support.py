@@ -63,8 +63,10 @@ def attach(
     Gradual pruning is at its target after 12 steps; of trainings that follow one another this is the last.
     """
     options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
-    if info.name == "gmp":
+    if info.name in ("gmp", "granet"):
         options |= {"initial_sparsity": kw.get("sparsity", 0.7) / 2, "t_start": 0.0, "t_end": 0.2}
+    if info.name == "dsr":
+        options |= {"threshold": 0.1}
     if info.load().needs_batches:
         kw = {"batches": make_batches(2), "loss_fn": loss_fn} | kw
     sparsifier = sparsify(

@@ -62,7 +62,7 @@ def test_pruned_means_exactly_zero_after_every_step(info, optimizer):
         assert now == sparsifier.parts[0].kept, "the host's counts are the device's"
         assert min(now.values()) >= 1
         assert sum(now.values()) == round((1 - sparsifier.target_sparsity(t)) * 222)
-        if isinstance(sparsifier, DropGrow):
+        if isinstance(sparsifier, DropGrow) and info.name not in ("dsr", "snfs"):  # which move weights between layers
             assert now == kept
     assert moved > 0.1
     assert sum(int(m.sum()) for m in sparsifier.masks.values()) == round(0.3 * 222)
@@ -137,9 +137,10 @@ def test_a_due_change_with_bad_gradients_does_not_happen(info, where, value):
             assert equal_masks(masks, sparsifier.masks)
             assert sparsifier.updates == 0
             assert not torch.equal(before, net[0].weight), "the step is not replaced"
+            late = sparsifier.behind(sparsifier.parts[0])
             if where == "active":
                 return
-    assert sparsifier.updates == 1, "the next one that is due happens"
+    assert sparsifier.updates == 1 + late, "the next one that is due happens, and a prune is made up for before it"
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -163,9 +164,10 @@ def test_an_overflow_under_grad_scaler_changes_no_topology(info, fused):
             assert equal_masks(masks, sparsifier.masks)
             assert sparsifier.updates == updates == 0
             assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+            late = sparsifier.behind(sparsifier.parts[0])
     # an optimizer that handles the overflow itself is called, and its step counts; the others are not called at all
     assert sparsifier.step == (9 if fused else 8)
-    assert sparsifier.updates == 2
+    assert sparsifier.updates == 2 + late
     assert all(p.isfinite().all() for p in net.parameters())
 
 

@@ -129,6 +129,72 @@ def test_autocast_no_grad_and_the_training_flag_outside_make_no_difference(metho
     assert equal_masks(expected, score(nn.DataParallel(make_net()), method))
 
 
+@with_data
+def test_autocast_outside_changes_no_bit_of_the_scores(method):
+    net = conv_net()
+    sparsifier = sparsify(net, sgd(net), method=method, sparsity=0.0, batches=images())
+    plain = sparsifier.initial_scores(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = sparsifier.initial_scores(net)
+        coarse = net(images()[0][0])
+    assert coarse.dtype == torch.bfloat16, "autocast does act on this network"
+    assert all(torch.equal(inside[name], s) for name, s in plain.items())
+
+
+@every
+def test_a_network_that_draws_while_it_is_scored_leaves_the_random_state_alone(method):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.draws = make_net(), []
+
+        def forward(self, x):
+            before = torch.random.get_rng_state()
+            x = x + F.dropout(torch.ones_like(x), 0.1, training=True)  # whatever mode the module is in
+            self.draws.append(not torch.equal(torch.random.get_rng_state(), before))
+            return self.net(x)
+
+    net = Noisy()
+    twins = []
+    net.register_forward_hook(lambda module, args, output: twins.append(module))
+    state = torch.random.get_rng_state()
+    shape = {} if method in WITH_DATA else {"input_shape": make_batches(1)[0][0].shape[1:]}
+    sparsify(net, sgd(net), method=method, sparsity=0.3, batches=make_batches(2), **shape)
+    assert any(twin.draws and all(twin.draws) for twin in twins), "scoring did draw"
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@with_data
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": 5}, r"batches must be a list or a loader of \(input, target\) pairs, got int"),
+        ({"batches": [(torch.ones(4, 99), torch.zeros(4).long())]}, "the model fails on what it is scored with .*99"),
+        ({"batches": [(torch.ones(4, 6), torch.full((4,), 77))]}, "the loss fails on what it is scored with .*77"),
+        ({"batches": [(torch.ones(4, 6), torch.zeros(3).long())]}, r"the loss fails .*of shape \(4, 3\), \(3,\)"),
+        ({"loss_fn": 5}, "loss_fn must be a function of output and target, got int"),
+        ({"loss_fn": lambda a: a}, "the loss fails on what it is scored with"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_in_one_sentence(method, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        score(make_net(), method, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_shape": (99,)}, "the model fails on what it is scored with .*99"),
+        ({"input_shape": 5.5}, r"input_shape must be a list such as \(3, 32, 32\), got 5.5"),
+        ({"batches": 5}, "batches must be a list or a loader"),
+    ],
+)
+def test_synflow_says_what_shape_it_cannot_use(options, message):
+    with pytest.raises(ValueError, match=message):
+        score(make_net(), "synflow", **options)
+
+
 @every
 def test_half_precision_is_scored_in_full(method):
     net = make_net().bfloat16()

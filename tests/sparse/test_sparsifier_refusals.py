@@ -46,6 +46,11 @@ def call(net=None, optimizer=None, **kw):
         ({"include": "9.weight"}, "unknown name or module class in include: '9.weight'"),
         ({"delta_t": 3}, "unknown option of method 'static': 'delta_t'"),
         ({"total_steps": 1.5}, "total_steps must be a whole number"),
+        ({"total_steps": "many"}, "total_steps must be a whole number"),
+        ({"sparsity": "90%"}, "sparsity must be between 0 and 1"),
+        ({"distribution": 5}, "distribution must be a name or a map"),
+        ({"distribution": {"0": "half"}}, "the sparsity of '0' must be at least 0"),
+        ({"generator": 7}, "generator must be a CPU"),
         ({"optimizer": []}, "give one optimizer"),
     ],
 )

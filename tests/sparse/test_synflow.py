@@ -161,7 +161,7 @@ def test_a_resnet_and_a_product_beyond_float32_have_scores():
         ({"input_shape": None}, "needs the shape of one sample: give input_shape=, such as .3, 32, 32., or batches="),
         ({"input_shape": None, "batches": []}, "needs the shape of one sample"),
         ({"input_shape": None, "batches": [({"x": torch.ones(2, 6)}, 0)]}, "needs the shape of one sample"),
-        ({"input_shape": 6}, "input_shape must be like .3, 32, 32., got 6"),
+        ({"input_shape": 6}, "input_shape must be a list such as .3, 32, 32., got 6"),
         ({"input_shape": (6, 0)}, "each number of input_shape must be a whole number of at least 1, got 0"),
         ({"rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
     ],

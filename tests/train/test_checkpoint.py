@@ -8,19 +8,21 @@ import pytest
 import torch
 
 from s2sam.track.base import Loggers
-from s2sam.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from s2sam.train.checkpoint import CONTENT, FORMAT, load_checkpoint, save_checkpoint
 from s2sam.train.config import OptimConfig, SamConfig, SparseConfig, TrainConfig
 from s2sam.train.folder import RunFolder
 from s2sam.train.loop import Trainer
 from s2sam.train.state import build
 
+#: all that a checkpoint holds, and nothing in it
+BLANK = {key: torch.zeros(5) if kinds[0] is torch.Tensor else kinds[0]() for key, kinds in CONTENT.items()}
 CONFIG = TrainConfig(epochs=3, sparse=SparseConfig(options={"delta_t": 10}))
 
 
 def test_round_trip_and_no_temporary_files(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"step": 3, "w": torch.arange(4.0)})
-    save_checkpoint(path, {"step": 4, "w": torch.arange(4.0)})
+    save_checkpoint(path, BLANK | {"step": 3, "w": torch.arange(4.0)})
+    save_checkpoint(path, BLANK | {"step": 4, "w": torch.arange(4.0)})
     state = load_checkpoint(path)
     assert state["step"] == 4
     assert torch.equal(state["w"], torch.arange(4.0))
@@ -35,6 +37,32 @@ def test_torn_checkpoint_is_refused_by_name(tmp_path, keep):
     path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(ValueError, match=r"last\.pt is torn or no checkpoint"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("key", CONTENT)
+def test_what_is_missing_or_of_another_kind_is_named(tmp_path, key):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {name: value for name, value in BLANK.items() if name != key})
+    with pytest.raises(ValueError, match=rf"last\.pt is damaged: it has no '{key}'; delete it and use an older one"):
+        load_checkpoint(path)
+    save_checkpoint(path, BLANK | {key: ("abc",)})
+    with pytest.raises(ValueError, match=rf"last\.pt is damaged: its '{key}' is no \w+; delete it") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"step": -1}, {"epoch": -3}, {"logs": {"metrics.jsonl": "10"}}], ids=str)
+def test_counts_must_be_whole_numbers(tmp_path, changes):
+    save_checkpoint(tmp_path / "last.pt", BLANK | changes)
+    with pytest.raises(ValueError, match=r"last\.pt is damaged: its counts"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("version", ["3", None, 2.5])
+def test_a_version_of_another_kind_is_another_version(tmp_path, version):
+    save_checkpoint(tmp_path / "last.pt", BLANK | {"version": version})
+    with pytest.raises(ValueError, match=r"has version .* of the format, this s2sam reads version \d; continue it"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 class Malicious:

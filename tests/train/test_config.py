@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2sam import registry
+from s2sam import registry, sparsify
+from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.names import DISTRIBUTIONS
 from s2sam.train.config import (
     AUGMENTATIONS,
     DIRECTIONS,
-    DISTRIBUTIONS,
+    SAM_SCALES,
     SCALES,
+    SCOPES,
     DataConfig,
     OptimConfig,
     SamConfig,
@@ -25,7 +31,7 @@ from s2sam.train.config import (
     SparseConfig,
     TrainConfig,
 )
-from s2sam.train.config_files import dump, known_keys, load_config, parse, recipe_path
+from s2sam.train.config_files import dump, known_keys, load_config, parse, recipe_path, unused_options
 
 
 @pytest.mark.parametrize("value", [1.5, 1.0, -0.1, math.nan, math.inf, "0.9", None, True])
@@ -85,13 +91,22 @@ def test_nested_values_are_named_with_their_dots(make, sentence):
 
 def test_choices_agree_with_the_library():
     from s2sam.data import augment
-    from s2sam.sam import displacement, single_step
-    from s2sam.sparse import budget
+    from s2sam.sam import directions, scales, scope, two_step
 
     assert AUGMENTATIONS == augment.AUGMENTATIONS
-    assert set(DIRECTIONS) <= set(single_step.DIRECTIONS)
-    assert set(SCALES) == set(displacement.SCALES)
-    assert set(DISTRIBUTIONS) == {*budget.DISTRIBUTIONS, "global", "auto"}
+    assert DIRECTIONS == directions.DIRECTIONS
+    assert tuple(scales.SCALES) == SCALES
+    assert SCOPES == scope.SCOPES
+    assert SAM_SCALES == two_step.SAM_SCALES
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_every_distribution_gives_masks(name):
+    net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    config = SparseConfig(distribution=name)
+    sparsifier = sparsify(net, optimizer, method="magnitude", sparsity=0.25, distribution=config.distribution)
+    assert 0 < sparsifier.sparsity() <= 0.25
 
 
 def test_defaults_are_the_recipe_digits():
@@ -248,6 +263,13 @@ def test_wrong_flags_get_one_sentence(argv, sentence):
         ("overwrite: true\n", "unknown key 'overwrite'"),
         ("lr: fast\n", "lr must be a number, got fast"),
         ("lr: [\n", "is not valid YAML (line 2)"),
+        ("lr: 0.1\nrho: 0.1\nlr: 0.2\n", "wrong.yaml gives 'lr' twice (lines 1 and 3); keep one of them"),
+        ("optim: {momentum: 0.9, momentum: 0.8}\n", "gives 'optim.momentum' twice (lines 1 and 1)"),
+        (
+            "sparse:\n  options:\n    delta_t: 1\n    delta_t: 2\n",
+            "gives 'sparse.options.delta_t' twice (lines 3 and 4)",
+        ),
+        ("schedule: {milestones: 0.5}\n", "schedule.milestones must be a list, as in '[0.5, 0.75]', got 0.5"),
         ("- 1\n", "holds no configuration"),
         ("", "holds no configuration"),
     ],
@@ -259,6 +281,49 @@ def test_wrong_files_get_one_sentence(tmp_path, text, sentence):
         load_config(path)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_key_in_two_groups_is_no_double(tmp_path):
+    path = tmp_path / "fine.yaml"
+    path.write_text("optim: {name: adamw}\nschedule: {name: constant}\n")
+    assert load_config(path).schedule.name == "constant"
+
+
+def test_milestones_are_a_list():
+    with pytest.raises(ValueError, match=r"schedule.milestones must be a list such as \[0.5, 0.75\], got 0.5"):
+        ScheduleConfig(milestones=0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "method", "unused"),
+    [
+        ([], "static", []),  # delta_t is there by default
+        (["--config", "digits"], "static", []),
+        (["--sparse.options.delta_t", "5"], "rigl", []),
+        (
+            ["--sparse.options.delta_t", "5", "--sparse.options.drop-fraction=0.2"],
+            "static",
+            ["delta_t", "drop_fraction"],
+        ),
+        (["--sparse.options", "{rate: 0.3, delta_t: 5}"], "set", ["rate"]),
+        (["--sparse.options={rate: 0.3}"], "dense", ["rate"]),
+    ],
+)
+def test_options_that_the_method_does_not_have_are_found(argv, method, unused):
+    argv = [*argv, "--method", method]
+    assert unused_options(argv, parse(argv)) == unused
+
+
+@pytest.mark.parametrize("text", ["config", "class", "page"])
+def test_what_auto_means_is_told_as_it_is(text):
+    told = {
+        "config": lambda: SparseConfig.__doc__,
+        "class": lambda: Sparsifier.__doc__,
+        "page": lambda: (Path(__file__).parents[2] / "docs" / "methods" / "index.md").read_text(encoding="utf-8"),
+    }[text]()
+    names = re.search(r"auto.*?global[\"`]* for\s+([\w, ]+?),\s+(?:else|erk|as)", told, re.DOTALL)[1]
+    means = {row.name for row in registry.list_methods() if row.load().default_distribution == "global"}
+    assert set(re.findall(r"\w+", names)) - {"and"} == means
 
 
 def test_binary_file_is_no_configuration(tmp_path):

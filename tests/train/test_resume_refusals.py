@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2sam.train.atomic import atomic
+from s2sam.cli.main import sentence
+from s2sam.track.files import FileLogger
+from s2sam.train.atomic import atomic, write_text
 from s2sam.train.checkpoint import load_checkpoint, save_checkpoint
 from s2sam.train.config import DataConfig, SamConfig, SparseConfig, TrainConfig
+from s2sam.train.environment import differences
 from s2sam.train.folder import RunFolder
 from s2sam.train.lock import LOCK, hold
 from s2sam.train.resume import find_resume
@@ -126,7 +130,7 @@ def spoil(folder, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: s.update(version=3), "has version 3 of the format, this s2sam reads version 2; upgrade s2sam"),
+        (lambda s: s.update(version=4), "has version 4 of the format, this s2sam reads version 3; upgrade s2sam"),
         (lambda s: s.update(format="s2sam-checkpoint-1", version=1), "has version 1 of the format"),
         (lambda s: s.update(format="other"), "was not written by s2sam train"),
         (lambda s: s["model"].pop("classifier.bias"), "does not fit this model, its masks or its optimizer"),
@@ -135,13 +139,24 @@ def spoil(folder, change):
         (lambda s: [mask.zero_() for mask in s["sparsifier"]["masks"].values()], "the masks do not fit the weights"),
         (lambda s: s.update(data_digest="0"), "was trained on other images"),
         (lambda s: s["batches"].update(images=3), "saved with images=3"),
+        (lambda s: s["batches"].clear(), "does not fit this model, its masks or its optimizer (KeyError('images'))"),
+        (lambda s: s.update(meter=torch.zeros(1)), "the meter holds 5 numbers, the saved one 1"),
+        (lambda s: s.update(skipped=[1]), "does not fit this model"),
+        (lambda s: s.update(rng=torch.zeros(3)), "RNG state must be"),
+        (lambda s: s.pop("optimizer"), "is damaged: it has no 'optimizer'"),
+        (lambda s: s.pop("meter"), "is damaged: it has no 'meter'"),
     ],
-    ids=["newer", "older", "foreign", "missing", "shape", "method", "masks", "data", "sampler"],
+    ids=["newer", "older", "foreign", "missing", "shape", "method", "masks", "data", "sampler", "no sampler", "meter",
+         "skipped", "rng", "no optimizer", "no meter"],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(unfinished, change, sentence):
+def test_what_does_not_fit_is_named(unfinished, tmp_path, change, sentence):
     path = spoil(unfinished.folder, change)
     text = refused(unfinished, sentence, resume=path)
     assert path in text
+    elsewhere = dataclasses.replace(unfinished, out=str(tmp_path / "elsewhere"))
+    shutil.copytree(unfinished.folder, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "DONE").write_text("")
+    refused(elsewhere, sentence, resume=path, overwrite=True)  # a finished run is not given up for it either
 
 
 def test_paths_that_are_no_checkpoint(unfinished, tmp_path):
@@ -151,10 +166,43 @@ def test_paths_that_are_no_checkpoint(unfinished, tmp_path):
             resume="atuo")  # fmt: skip
 
 
+def test_a_torn_env_json_is_written_anew(unfinished, capsys):
+    from rich.console import Console
+
+    path = unfinished.folder / "env.json"
+    path.write_bytes(path.read_bytes()[:10])
+    run(unfinished, console=Console(width=500))
+    assert "env.json was torn or not there; it is written anew, without what was known before step 6" in (
+        capsys.readouterr().out
+    )
+    env = json.loads(path.read_text())
+    assert {"mean", "std", "classes", "data_digest"} <= env.keys()
+    assert [entry["step"] for entry in env["resumed"]] == [6]
+
+
+def test_another_number_of_threads_is_told(unfinished, capsys, monkeypatch):
+    from rich.console import Console
+
+    path = unfinished.folder / "env.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hardware": {"threads": 7}}))
+    monkeypatch.setattr("s2sam.train.loop.environment", lambda device: {"hardware": {"threads": 5}})
+    run(unfinished, console=Console(width=500))
+    assert "threads were 7 and are 5 now: from here on the run is not bit by bit" in capsys.readouterr().out
+    env = json.loads(path.read_text())
+    assert (env["hardware"]["threads"], env["resumed"][0]["hardware"]["threads"]) == (7, 5)
+    assert differences(env["resumed"][0], env["resumed"][0]) == differences({}, env) == []
+    assert differences({"versions": {"torch": "2.0"}}, {"versions": {"torch": "2.1"}})[0].startswith(
+        "torch was 2.0 and"
+    )
+
+
 def test_records_that_are_gone_are_missed(unfinished):
     path = unfinished.folder / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:50])
     refused(unfinished, "does not hold the records up to last.pt")
+    elsewhere = dataclasses.replace(unfinished, out=str(unfinished.folder.parent / "elsewhere"))
+    refused(elsewhere, "does not hold the records up to last.pt", resume=str(unfinished.folder))
+    assert not elsewhere.folder.exists()
 
 
 def test_a_run_goes_on_in_another_folder(unfinished, tmp_path):
@@ -244,6 +292,58 @@ def test_a_full_disk_keeps_the_checkpoint_before(unfinished):
     assert RunFolder(unfinished.folder).done
 
 
+@pytest.mark.parametrize("size", [100, 5_000])
+def test_final_weights_that_do_not_fit_on_the_disk_can_be_written_later(unfinished, size):
+    resource = pytest.importorskip("resource")
+    path = unfinished.folder / "model.safetensors"
+    read, write = os.pipe()
+
+    def on_a_full_disk():
+        save = RunFolder.save_tensors
+
+        def limited(folder, *args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            return save(folder, *args)
+
+        RunFolder.save_tensors = limited
+        try:
+            run(unfinished)
+        except OSError as error:
+            os.write(write, sentence(error).encode())
+            os._exit(2)
+
+    assert forked(on_a_full_disk) == 2
+    os.close(write)
+    with os.fdopen(read) as said:
+        assert said.read() == f"{path}: File too large; make room and run the same command again"
+    assert not path.exists()
+    assert not RunFolder(unfinished.folder).done
+    assert not list(unfinished.folder.glob(".*.tmp"))
+    assert forked(lambda: run(unfinished)) == 0
+    assert path.exists()
+    assert RunFolder(unfinished.folder).done
+
+
+def test_a_write_that_fails_is_told_with_its_place(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_text(tmp_path / "env.json", "{}")
+    assert error.value.filename == str(tmp_path / "env.json")
+    assert sentence(error.value) == (
+        f"{tmp_path / 'env.json'}: No space left on device; make room and run the same command again"
+    )
+    log = FileLogger(tmp_path)
+    log.start({}, {})
+    with pytest.raises(OSError, match="No space left") as error:
+        log.position()
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    log.close()
+    assert sentence(PermissionError(13, "Permission denied", "x")) == "x: Permission denied"
+
+
 def test_a_write_that_fails_anywhere_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"step": 1})
@@ -252,7 +352,7 @@ def test_a_write_that_fails_anywhere_keeps_the_checkpoint_before(tmp_path, monke
             patch.setattr(os, name, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(RuntimeError, match="No space left on device; is the disk full"):
                 save_checkpoint(path, {"step": 2})
-        assert load_checkpoint(path)["step"] == 1
+        assert torch.load(path, weights_only=True)["step"] == 1
         assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 

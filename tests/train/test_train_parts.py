@@ -101,15 +101,24 @@ def test_meter_leaves_out_batches_that_are_not_finite():
     meter.add(good, torch.tensor([0, 1, 1]), torch.tensor(0.5))
     meter.add(good[:1], torch.tensor([0]), torch.tensor(math.nan))
     meter.add(good[:1], torch.tensor([0]), torch.tensor(1.5))
-    loss, top1, bad = meter.read()
+    loss, top1, bad, absurd = meter.read()
     assert loss == pytest.approx((3 * 0.5 + 1.5) / 4)
-    assert (top1, bad) == (3 / 4, 1)
+    assert (top1, bad, absurd) == (3 / 4, 1, 1)
+
+
+def test_meter_counts_absurd_losses():
+    meter = Meter(torch.device("cpu"), limit=10.0)
+    for loss in (9.0, 10.0, 10.5, 1e30, -math.inf, math.nan):
+        meter.add(torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor(loss))
+    loss, _, bad, absurd = meter.read()
+    assert loss == pytest.approx((9.0 + 10.0 + 10.5 + 1e30) / 4)
+    assert (bad, absurd) == (2, 4)
 
 
 def test_meter_without_a_finite_batch_is_nan():
     meter = Meter(torch.device("cpu"))
     meter.add(torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor(math.inf))
-    loss, top1, bad = meter.read()
+    loss, top1, bad, _ = meter.read()
     assert math.isnan(loss)
     assert math.isnan(top1)
     assert bad == 1

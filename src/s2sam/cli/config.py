@@ -33,7 +33,9 @@ def run(argv: list[str]) -> int:
         target = args.file / f"{args.recipe}.yaml" if args.file.is_dir() else args.file
         if target.exists():
             raise ValueError(f"{target} exists; give another file name")
-        target.write_text(whole(args.recipe), encoding="utf-8")
+        from s2sam.train.atomic import write_text
+
+        write_text(target, whole(args.recipe))
         print(target)
     return 0
 

@@ -33,10 +33,15 @@ def run(argv: list[str]) -> int:
     check.add_argument(
         "--resize", type=int, metavar="PIXELS", help="scale the centre square of each image to this side"
     )
-    get = actions.add_parser("get", help="download an archive, check its sum, unpack it; nothing else ever downloads")
+    get = actions.add_parser(
+        "get",
+        help="download an archive, check its sum, unpack it; nothing else ever downloads",
+        description="Download an archive, check its sum and unpack it. One that is a file here already: add "
+        "--url file:///PATH/cifar-10-python.tar.gz",
+    )
     get.add_argument("name", metavar="NAME", help="cifar10 or cifar100")
     get.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to make (default: data/NAME)")
-    get.add_argument("--url", help="another address of the same archive; file:///PATH for one that is here already")
+    get.add_argument("--url", help="another address of the same archive; file:///PATH for a file")
     args = parser.parse_args(argv)
     return {"list": _list, "check": _check, "get": _get}[args.action](args)
 

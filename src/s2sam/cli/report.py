@@ -44,12 +44,14 @@ def run(argv: list[str]) -> int:
 
 
 def show(table: Table, console: Console) -> None:
-    """Print the table, its notes, and in one sentence how many comparisons show a difference."""
+    """Print the tables, their notes, and in one sentence how many comparisons show a difference."""
+    from s2sam.report.formats import to_rich, to_rich_beside
     from s2sam.report.html import summary_sentences
-    from s2sam.report.tables import to_rich
 
-    console.print(to_rich(table))
-    console.print()
+    for part in (to_rich(table), to_rich_beside(table)):
+        if part is not None:
+            console.print(part)
+            console.print()
     for note in table.notes:
         console.print(f"* {note}", style="dim", markup=False)
     console.print()

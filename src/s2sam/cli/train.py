@@ -13,12 +13,20 @@ def run(argv: list[str]) -> int:
     Returns:
         0; a run that SIGTERM ended exits with 143 after saving.
     """
-    from s2sam.train.config_files import dump, parse_flags
+    from s2sam.train.config_files import dump, parse_flags, unused_options
 
     config, switches = parse_flags(argv)
     if switches["print_config"]:
         print(dump(config), end="")
         return 0
+
+    unused = unused_options(argv, config)
+    if unused:
+        print(
+            f"s2sam: warning: method {config.method} has no option {' and no '.join(unused)}; left aside, see "
+            "`s2sam list methods`",
+            file=sys.stderr,
+        )
 
     from rich.console import Console
 

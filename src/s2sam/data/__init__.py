@@ -89,6 +89,8 @@ def load_data(
     """
     row, valid = find_row(spec), data_options(spec)
     for option in options:
+        if not valid:
+            raise ValueError(f"unknown option of {row.name} data {option!r}: it has none, leave this one out")
         if option not in valid:
             raise unknown(f"option of {row.name} data", option, valid)
     data: ImageData = row.load()(spec, train_size=train_size, val_fraction=val_fraction, seed=seed, **options)
@@ -125,8 +127,10 @@ def find_row(spec: str | Path) -> registry.DataInfo:
         raise ValueError(f"there is no folder {spec}: `s2sam data get {spec}` gets it, then give --data data/{spec}")
     if path.exists():
         raise ValueError(f"{path} is neither a folder with images nor an .npz file")
-    if len(path.parts) > 1 or path.suffix:
-        raise ValueError(f"there is no data at {path}: give 'digits', an .npz file, or a folder with {_FORMS}")
+    if path.name != str(spec) or path.suffix:  # ./nowhere is a path, nowhere could be a name
+        raise ValueError(
+            f"there is no data at {spec}: no such path exists; give 'digits', an .npz file, or a folder with {_FORMS}"
+        )
     raise unknown("data", str(spec), ["digits", "cifar10", "cifar100"])
 
 

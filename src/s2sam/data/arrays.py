@@ -45,7 +45,7 @@ def from_arrays(
     xs = {"train": _images(train_x, f"{name}: train_x"), "test": _images(test_x, f"{name}: test_x")}
     ys = {"train": _labels(train_y, f"{name}: train_y"), "test": _labels(test_y, f"{name}: test_y")}
     if classes is None:
-        classes = numbered_classes(*ys.values())
+        classes = numbered_classes(*ys.values(), what=name)
     for split in ("train", "test"):
         if len(xs[split]) == 0:
             raise ValueError(f"{name}: there are no {split} images")
@@ -72,7 +72,7 @@ def load(spec: str | Path, *, train_size: int | None = None, val_fraction: float
         raise ValueError(f"{path} has no array {missing[0]!r}; it must hold {', '.join(KEYS)}")
     classes = [str(c) for c in arrays["classes"]] if "classes" in arrays else None
     return from_arrays(
-        path.stem,
+        path.name,
         *(arrays[key] for key in KEYS),
         classes=classes,
         train_size=train_size,
@@ -87,7 +87,7 @@ def _tensor(values: ArrayLike | Tensor, what: str) -> Tensor:
     try:
         return torch.from_numpy(np.ascontiguousarray(values))
     except TypeError as error:
-        raise ValueError(f"{what} must be an array of numbers ({error})") from error
+        raise ValueError(f"{what} must be an array of numbers, got {np.asarray(values).dtype}") from error
 
 
 def _images(values: ArrayLike | Tensor, what: str) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2sam.tensors import upload
+
 AUGMENTATIONS = ("auto", "none", "crop", "flip", "crop+flip")
 
 
@@ -25,8 +27,17 @@ def pad_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     """
     if padding == 0:
         return x
+    return crop_at(x, padding, upload(draw_crops(len(x), padding, generator), x.device))
+
+
+def draw_crops(n: int, padding: int, generator: torch.Generator) -> Tensor:
+    """dy, dx of `n` crops: int64 (2, n), uniform on 0 .. 2 * padding."""
+    return torch.randint(0, 2 * padding + 1, (2, n), generator=generator, device=generator.device)
+
+
+def crop_at(x: Tensor, padding: int, shift: Tensor) -> Tensor:
+    """:func:`pad_crop` with the windows that `shift` names."""
     n, _, height, width = x.shape
-    shift = torch.randint(0, 2 * padding + 1, (2, n), generator=generator, device=generator.device).to(x.device)
     windows = F.pad(x, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, dy, dx, H, W)
     return windows[torch.arange(n, device=x.device), :, shift[0], shift[1]]
 
@@ -36,8 +47,17 @@ def flip(x: Tensor, generator: torch.Generator, p: float = 0.5) -> Tensor:
 
     Shapes: (N, C, H, W) -> (N, C, H, W), any type. Cost: N draws, two copies.
     """
-    mirrored = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < p
-    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return flip_where(x, upload(draw_flips(len(x), generator, p), x.device))
+
+
+def draw_flips(n: int, generator: torch.Generator, p: float = 0.5) -> Tensor:
+    """Which of `n` images to mirror: bool (n,)."""
+    return torch.rand(n, generator=generator, device=generator.device) < p
+
+
+def flip_where(x: Tensor, mirrored: Tensor) -> Tensor:
+    """:func:`flip` of the images for which `mirrored` is true."""
+    return torch.where(mirrored.bool()[:, None, None, None], x.flip(3), x)
 
 
 def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -61,11 +81,21 @@ def cutout(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise ValueError(f"the size of a cutout must be a whole number of pixels >= 0, got {size!r}")
-    n, _, height, width = x.shape
+    return cut_at(x, size, upload(draw_centres(x.shape, generator), x.device))
+
+
+def draw_centres(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Row and column of a pixel in each image of a batch (N, C, H, W): int64 (2, N)."""
+    n, _, height, width = shape
+    draws = [torch.randint(0, side, (n,), generator=generator, device=generator.device) for side in (height, width)]
+    return torch.stack(draws)
+
+
+def cut_at(x: Tensor, size: int, centres: Tensor) -> Tensor:
+    """:func:`cutout` around these pixels."""
     inside = []
-    for side in (height, width):
-        centre = torch.randint(0, side, (n, 1), generator=generator, device=generator.device).to(x.device)
-        offset = torch.arange(side, device=x.device) - centre + size // 2
+    for side, centre in zip(x.shape[2:], centres, strict=True):
+        offset = torch.arange(side, device=x.device) - centre[:, None] + size // 2
         inside.append((offset >= 0) & (offset < size))
     return x.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
@@ -91,7 +121,7 @@ def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tup
         raise ValueError(f"mixup takes one label an image, got {len(x)} images and {len(y)} labels")
     seed = int(torch.randint(0, 2**62, (), generator=generator, device=generator.device))
     lam = float(np.random.default_rng(seed).beta(alpha, alpha))  # torch draws no Beta from a generator
-    order = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
+    order = upload(torch.randperm(len(x), generator=generator, device=generator.device), x.device)
     return torch.lerp(x[order], x, lam), y, y[order], lam
 
 
@@ -154,11 +184,25 @@ class Augment:
         self.kind = ("crop+flip" if len(mean) >= 3 else "crop") if kind == "auto" else kind
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augment with draws from `generator`, then normalise: (N, C, H, W) -> float32 (N, C, H, W)."""
-        if generator is not None:
-            if "crop" in self.kind:
-                x = pad_crop(x, x.shape[2] // 8 if self.padding is None else self.padding, generator)
-            if "flip" in self.kind:
-                x = flip(x, generator)
+        """Augment with draws from `generator`, then normalise: (N, C, H, W) -> float32 (N, C, H, W).
+
+        All draws of a batch go to its device in one transfer, for which the host does not wait.
+        """
+        if generator is None:
+            return normalise(x, self.mean, self.std)
+        padding = x.shape[2] // 8 if self.padding is None else self.padding
+        drawn = {
+            "crop": draw_crops(len(x), padding, generator) if "crop" in self.kind and padding else None,
+            "flip": draw_flips(len(x), generator)[None] if "flip" in self.kind else None,
+            "cutout": draw_centres(x.shape, generator) if self.cutout else None,
+        }
+        draws = {name: rows for name, rows in drawn.items() if rows is not None}
+        if draws:
+            there = upload(torch.cat([rows.long() for rows in draws.values()]), x.device)
+            draws = dict(zip(draws, there.split([len(rows) for rows in draws.values()]), strict=True))
+        if "crop" in draws:
+            x = crop_at(x, padding, draws["crop"])
+        if "flip" in draws:
+            x = flip_where(x, draws["flip"][0])
         x = normalise(x, self.mean, self.std)
-        return cutout(x, self.cutout, generator) if self.cutout and generator is not None else x
+        return cut_at(x, self.cutout, draws["cutout"]) if "cutout" in draws else x

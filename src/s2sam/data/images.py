@@ -127,8 +127,8 @@ def check_labels(labels: Tensor, count: int, classes: int, what: str) -> None:
         refuse_rows(bad, what, f"has the label {first}, but with {classes} classes labels are 0 to {classes - 1}")
 
 
-def numbered_classes(*labels: Tensor) -> tuple[str, ...]:
-    """Names "0", "1", ... up to the largest label.
+def numbered_classes(*labels: Tensor, what: str) -> tuple[str, ...]:
+    """Names "0", "1", ... up to the largest label; `what` holds them, for the message.
 
     Raises:
         ValueError: the largest label is no class number, as there are fewer images than that.
@@ -136,7 +136,9 @@ def numbered_classes(*labels: Tensor) -> tuple[str, ...]:
     largest = max((int(y.max()) for y in labels if len(y)), default=0)
     count = sum(len(y) for y in labels)
     if largest >= max(count, 1):
-        raise ValueError(f"the label {largest} cannot be a class number among {count} images; number classes from 0")
+        raise ValueError(
+            f"{what}: the label {largest} cannot be a class number among {count} images; number classes from 0"
+        )
     return tuple(str(c) for c in range(max(largest, 0) + 1))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2sam.tensors import upload
+
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -82,7 +84,7 @@ class Batches:
         if self._resuming:
             self.generator.set_state(now)
         self._resuming = False
-        return order.to(self.data_x.device)
+        return upload(order, self.data_x.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Position, generator states and the sizes they belong to: tensors and numbers only."""

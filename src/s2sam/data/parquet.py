@@ -152,7 +152,7 @@ def class_names(train: Split, test: Split) -> tuple[str, ...]:
     if train.names is not None and test.names is not None and train.names != test.names:
         raise ValueError(f"{train.where} and {test.where} name different classes; they are not of one data set")
     names = train.names or test.names
-    return names or numbered_classes(train.labels, test.labels)
+    return names or numbered_classes(train.labels, test.labels, what=f"{train.where} and {test.where}")
 
 
 def _column(schema: pa.Schema, wanted: Sequence[str], file: Path) -> str:

@@ -7,13 +7,15 @@ sharpness, rho and the options of these) and in nothing else. Anything else that
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2sam.report.read import Run
+from s2sam.train.config import SamConfig
 
 Key = tuple[tuple[str, Any], ...]
-_BOOKKEEPING = frozenset({"seed", "out", "name", "resume", "overwrite", "stats_every", "sam.stats_every"})
+_BOOKKEEPING = frozenset({"seed", "out", "name", "resume", "overwrite", "checkpoint_every", "evaluate_every"})
+_SAM = {f"sam.{key}": value for key, value in asdict(SamConfig()).items()}
 _METHOD_NAMES = {"dense": "Dense", "rigl": "RigL", "set": "SET", "static": "Static", "magnitude": "Magnitude"}
 _SHARPNESS_NAMES = {"s2sam": "S2-SAM", "sam": "SAM"}
 _OPTIMIZER_NAMES = {"sgd": "SGD", "adamw": "AdamW", "adam": "Adam"}
@@ -107,9 +109,19 @@ def _keys(config: Mapping[str, Any]) -> tuple[Key, Key]:
         base |= {k: v for k, v in flat.items() if k.startswith("sparse.")}
     if sharpness != "none":
         treatment["rho"] = flat.get("rho")
-        without_effect = _BOOKKEEPING | ({"sam.direction", "sam.sign"} if sharpness == "sam" else set())
-        treatment |= {k: v for k, v in flat.items() if k.startswith("sam.") and k not in without_effect}
+        treatment |= _sam_keys(flat, sharpness)
     return _frozen(base), _frozen(treatment)
+
+
+def _sam_keys(flat: Mapping[str, Any], sharpness: str) -> dict[str, Any]:
+    """The `sam.` keys that have an effect; one that a run does not name has its default."""
+    keys = _SAM | {k: v for k, v in flat.items() if k.startswith("sam.")}
+    if sharpness == "sam":
+        return {"sam.scale": keys["sam.scale"]}
+    without_effect = {"sam.stats_every"}
+    without_effect |= {"sam.ema_beta"} if keys["sam.direction"] != "ema" else set()
+    without_effect |= {"sam.rho_start"} if keys["sam.rho_schedule"] != "late" else set()
+    return {k: v for k, v in keys.items() if k not in without_effect}
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Key:
@@ -170,11 +182,12 @@ def _treatment_name(key: Mapping[str, Any], run: Run) -> str:
 
 
 def _distinct(names: list[str], keys: Sequence[Key]) -> list[str]:
-    """Names that occur for several keys get the settings in which those keys differ."""
+    """Names that occur for several keys get the settings in which those keys differ, defaults of `sam.` left out."""
     result = []
     for name, key in zip(names, keys, strict=True):
         rivals = [dict(k) for n, k in zip(names, keys, strict=True) if n == name]
-        settings = [k for k in dict(key) if any(r.get(k) != dict(key)[k] for r in rivals)]
+        differ = [k for k in dict(key) if any(r.get(k) != dict(key)[k] for r in rivals)]
+        settings = [k for k in differ if k not in _SAM or dict(key)[k] != _SAM[k]]
         suffix = ", ".join(f"{k.split('.')[-1]} {dict(key)[k]}" for k in settings)
         result.append(f"{name} ({suffix})" if suffix else name)
     return result

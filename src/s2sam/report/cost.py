@@ -15,45 +15,79 @@ from statistics import median
 
 from s2sam.report.arms import Arm, reference_of
 from s2sam.report.stats import Interval, median_interval
+from s2sam.train.atomic import write_text
 
 IN_RUNS = (
-    "Cost ratio: median step seconds inside the runs, against the plain arm of the same base; runs that shared the "
-    "cores slowed each "
+    "Step times: median step seconds inside the runs, against the plain arm on the same network (a sparse one is "
+    "compared with sparse, not with dense training) and on the dense network; runs that shared the cores slowed each "
     "other down, so this is rough."
 )
 IN_ROUNDS = (
-    "Cost ratio: whole training steps against the plain arm of the same base, measured in turn in one process, over "
-    "{n} rounds; the median with its 95 % interval."
+    "Step times: whole training steps against the plain arm on the same network (a sparse one is compared with sparse, "
+    "not with dense training) and on the dense network, measured in turn in one process, over {n} rounds; the median "
+    "with its 95 % interval."
 )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One arm's step time and its ratio to the plain arm of the same base."""
+    """One arm's step time, its ratio to the plain arm of the same base, and that to the plain dense arm."""
 
     ratio: float | None  #: None where there is no plain arm to compare with
     interval: Interval | None
     step_seconds: float  #: median
     how: str
+    dense: float | None = None  #: None where there is no plain dense arm
+    dense_interval: Interval | None = None
 
     @property
     def text(self) -> str:
         """The ratio with its interval, as in '1.05x (1.02 to 1.08)'."""
-        if self.ratio is None:
-            return "-"
-        tail = f" ({self.interval.low:.2f} to {self.interval.high:.2f})" if self.interval else ""
-        return f"{self.ratio:.2f}x{tail}"
+        return ratio_text(self.ratio, self.interval)
+
+    @property
+    def dense_text(self) -> str:
+        """As `text`, against the plain dense arm."""
+        return ratio_text(self.dense, self.dense_interval)
+
+
+def ratio_text(ratio: float | None, interval: Interval | None) -> str:
+    """A ratio with its interval, if there is one; a dash for None.
+
+    >>> ratio_text(1.05, Interval(1.02, 1.08, 0.95)), ratio_text(2, None), ratio_text(None, None)
+    ('1.05x (1.02 to 1.08)', '2.00x', '-')
+    """
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}x" + (f" ({interval.low:.2f} to {interval.high:.2f})" if interval else "")
 
 
 def cost_from_runs(arms: Sequence[Arm]) -> dict[str, Cost]:
-    """Cost by arm name from the `step_seconds` of the final records; the ratio is the median over the shared seeds."""
-    costs = {}
-    for arm in arms:
-        own, reference = arm.final("step_seconds"), arm if arm.plain else reference_of(arm, arms)
-        other = reference.final("step_seconds") if reference else {}
-        ratios = [own[seed] / other[seed] for seed in own if other.get(seed, 0.0) > 0]
-        costs[arm.name] = Cost(median(ratios) if ratios else None, None, median(own.values()), IN_RUNS)
-    return costs
+    """Cost by arm name from the `step_seconds` of the final records; ratios are medians over the shared seeds."""
+    seconds = {arm.name: arm.final("step_seconds") for arm in arms}
+
+    def ratio(arm: Arm, other: Arm | None) -> float | None:
+        theirs = seconds[other.name] if other else {}
+        found = [mine / theirs[seed] for seed, mine in seconds[arm.name].items() if theirs.get(seed, 0.0) > 0]
+        return median(found) if found else None
+
+    dense = plain_dense(arms)
+    return {
+        arm.name: Cost(
+            ratio(arm, plain_of(arm, arms)), None, median(seconds[arm.name].values()), IN_RUNS, ratio(arm, dense)
+        )
+        for arm in arms
+    }
+
+
+def plain_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The plain arm of the same base: `arm` itself, perhaps."""
+    return arm if arm.plain else reference_of(arm, arms)
+
+
+def plain_dense(arms: Sequence[Arm]) -> Arm | None:
+    """The plain arm on the dense network, if there is one."""
+    return next((arm for arm in arms if arm.plain and arm.dense), None)
 
 
 def cost_from_rounds(rounds: Mapping[str, Sequence[float]], arms: Sequence[Arm]) -> dict[str, Cost]:
@@ -70,20 +104,23 @@ def cost_from_rounds(rounds: Mapping[str, Sequence[float]], arms: Sequence[Arm])
             f"again"
         )
     how = IN_ROUNDS.format(n=counts.pop())
-    costs = {}
-    for arm in arms:
-        own, reference = rounds[arm.name], arm if arm.plain else reference_of(arm, arms)
-        ratios = [a / b for a, b in zip(own, rounds[reference.name], strict=True)] if reference else []
-        interval = median_interval(ratios) if ratios and not arm.plain else None
-        costs[arm.name] = Cost(median(ratios) if ratios else None, interval, median(own), how)
-    return costs
+    dense = plain_dense(arms)
+
+    def ratio(arm: Arm, other: Arm | None) -> tuple[float | None, Interval | None]:
+        if other is None:
+            return None, None
+        found = [a / b for a, b in zip(rounds[arm.name], rounds[other.name], strict=True)]
+        return median(found), None if arm is other else median_interval(found)
+
+    return {
+        arm.name: Cost(*ratio(arm, plain_of(arm, arms)), median(rounds[arm.name]), how, *ratio(arm, dense))
+        for arm in arms
+    }
 
 
 def save_rounds(path: Path, rounds: Mapping[str, Sequence[float]]) -> None:
     """Write the rounds as JSON."""
-    path.write_text(
-        json.dumps({"seconds_per_step": {k: list(v) for k, v in rounds.items()}}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_text(path, json.dumps({"seconds_per_step": {k: list(v) for k, v in rounds.items()}}, indent=1) + "\n")
 
 
 def load_rounds(path: str | Path) -> dict[str, list[float]]:

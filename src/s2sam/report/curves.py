@@ -13,10 +13,9 @@ Curve = tuple[np.ndarray, np.ndarray]  #: positions (T,) and values (seeds, T)
 
 
 def epoch_curve(arm: Arm, key: str, scale: float) -> Curve:
-    """A value of the epoch records, times `scale`, by epoch."""
-    return stack(
-        [([r["epoch"] for r in run.epochs], [scale * r[key] for r in run.epochs]) for run in arm.runs.values()]
-    )
+    """A value of the epoch records that have it, times `scale`, by epoch."""
+    measured = [[r for r in run.epochs if r[key] is not None] for run in arm.runs.values()]
+    return stack([([r["epoch"] for r in rows], [scale * r[key] for r in rows]) for rows in measured])
 
 
 def density_curve(arm: Arm) -> Curve:

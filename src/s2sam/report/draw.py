@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from s2sam.report.curves import Curve
-from s2sam.report.svg import mark, series_colour, spread_apart
+from s2sam.report.svg import mark, series_colour, shorten, spread_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,13 @@ def end_labels(axes: Axes, ends: Sequence[End], unique: str) -> None:
     for target, (_, text, colour, series) in zip(spread_apart(pixels, gap, floor=low), ends, strict=True):
         y = (target - low) / (high - low)
         label = axes.annotate(
-            text, (1.02, y), xycoords="axes fraction", color=colour, va="center", fontsize=8.5, annotation_clip=False
+            shorten(text, 28),
+            (1.02, y),
+            xycoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
         )
         if series is not None:
             mark(label, series, unique=f"{unique}-{text}-label")

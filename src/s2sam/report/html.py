@@ -11,6 +11,7 @@ from typing import Any
 
 from s2sam import __version__
 from s2sam.report.arms import Arm, flatten
+from s2sam.report.beside import Beside
 from s2sam.report.plots import Section, draw_all, treatments
 from s2sam.report.svg import PALETTE
 from s2sam.report.tables import Row, Table, cells, headers, interval_text, percent
@@ -23,6 +24,8 @@ _DATA = {
         "need not hold for large networks or real images.",
     )
 }
+
+_RUNS = ("arm", "seed", "test accuracy %", "test loss", "sparsity %")
 
 
 def render(
@@ -67,7 +70,7 @@ def render(
         configuration=_pairs(_common(arms)),
         arm_settings=_grid(["arm", "network", "optimizer"], [_settings(arm) for arm in arms]),
         environment=_environment(arms),
-        runs=_grid(["arm", "seed", "test accuracy %", "test loss", "sparsity %", "folder"], _runs(arms)),
+        runs=_grid([*_RUNS, *(one.header for one in table.beside), "folder"], _runs(arms, table.beside)),
         version=_text(__version__),
         light=_palette(0),
         dark=_palette(1),
@@ -132,7 +135,11 @@ def _price(compared: Sequence[Row]) -> list[str]:
         ratios = [row.cost.ratio for row in compared if row.arm.treatment == treatment and row.cost and row.cost.ratio]
         if ratios:
             parts.append(f"{median(ratios):.2f} times as long with {treatment}")
-    return [f"Against the plain optimizer a training step took {' and '.join(parts)}."] if parts else []
+    return (
+        [f"On the same network a training step took, against the plain optimizer, {' and '.join(parts)}."]
+        if parts
+        else []
+    )
 
 
 def _summary(table: Table) -> str:
@@ -179,8 +186,7 @@ def _caveats(table: Table, data: str) -> list[str]:
 
 def _table(table: Table, names: Sequence[str]) -> str:
     head = headers(table)
-    text_columns = {0, 6}
-    columns = "".join(f'<th scope="col"{_left(i in text_columns)}>{_text(h)}</th>' for i, h in enumerate(head))
+    columns = "".join(f'<th scope="col"{_left(name)}>{_text(h)}</th>' for name, h in head.items())
     body, base = [], None
     for row in table.rows:
         if row.arm.base != base:
@@ -189,20 +195,21 @@ def _table(table: Table, names: Sequence[str]) -> str:
                 f'<tr class="base"><th scope="rowgroup">{_text(base)}</th><td colspan="{len(head) - 1}"></td></tr>'
             )
         series = names.index(row.arm.treatment) % len(PALETTE)
-        _, *values = cells(row)
         shows = row.difference.shows if row.difference else 0
         pill = f'<span class="pill{ {1: " up", -1: " down"}.get(shows, "") }">{_text(row.verdict)}</span>'
         dot = f'<span class="dot" style="background:var(--s{series})"></span>'
         first = f'<th scope="row">{dot}{_text(row.arm.treatment)}</th>'
         rest = "".join(
-            f"<td{_left(i in text_columns)}>{pill if i == 6 else _text(v)}</td>" for i, v in enumerate(values, start=1)
+            f"<td{_left(name)}>{pill if name == 'verdict' else _text(value)}</td>"
+            for name, value in cells(table, row).items()
+            if name != "arm"
         )
         body.append(f"<tr>{first}{rest}</tr>")
     return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _left(yes: bool) -> str:
-    return ' class="text"' if yes else ""
+def _left(column: str) -> str:
+    return ' class="text"' if column in ("arm", "verdict") else ""
 
 
 def _legend(names: Sequence[str]) -> str:
@@ -231,7 +238,7 @@ def _settings(arm: Arm) -> list[str]:
     return [arm.name, words(arm.base_key), words(arm.treatment_key)]
 
 
-def _runs(arms: Sequence[Arm]) -> list[list[str]]:
+def _runs(arms: Sequence[Arm], beside: Sequence[Beside]) -> list[list[str]]:
     return [
         [
             arm.name,
@@ -239,6 +246,7 @@ def _runs(arms: Sequence[Arm]) -> list[list[str]]:
             percent(run.final["test_top1"]),
             f"{run.final['test_loss']:.4f}",
             percent(run.final["sparsity"], 1),
+            *(percent(run.final.get(one.key)) for one in beside),
             str(run.folder),
         ]
         for arm in arms

@@ -11,7 +11,7 @@ import numpy as np
 from s2sam.report.arms import Arm
 from s2sam.report.curves import Curve, density_curve, epoch_curve, has, limits, record_curve, smooth
 from s2sam.report.draw import DASHES, End, end_labels, log_scale, spread
-from s2sam.report.svg import GRID, INK, MUTED, mark, new_axes, series_colour, style, to_svg
+from s2sam.report.svg import GRID, INK, MUTED, mark, new_axes, series_colour, shorten, style, to_svg
 from s2sam.report.tables import Row, Table, percent
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _differences(rows: Sequence[Row], table: Table, height: float) -> Figure:
         artists += axes.plot([100 * d.mean], [y], "D", ms=4.5, color=colour)
         artists.append(
             axes.annotate(
-                row.arm.name,
+                shorten(row.arm.name, 56),
                 (0, y + 0.2),
                 (0, 1),
                 axes.get_yaxis_transform(),
@@ -122,7 +122,12 @@ def _costs(rows: Sequence[Row], table: Table, height: float) -> Figure:
         (bar,) = axes.barh(-place, milliseconds, height=0.34, color=series_colour(series))
         ratio = "" if row.cost.ratio is None else f", {row.cost.text}"
         text = axes.text(
-            0, -place + 0.22, f"{row.arm.name}: {milliseconds:.2g} ms{ratio}", va="bottom", color=INK, fontsize=8.5
+            0,
+            -place + 0.22,
+            f"{shorten(row.arm.name, 34)}: {milliseconds:.2g} ms{ratio}",
+            va="bottom",
+            color=INK,
+            fontsize=8.5,
         )
         mark(bar, series, unique=f"c{place}")
         mark(text, series, unique=f"ct{place}")
@@ -132,7 +137,10 @@ def _costs(rows: Sequence[Row], table: Table, height: float) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     words = "; ".join(f"{r.arm.name}: {r.cost.text}" for r in rows if r.cost)
-    return Figure(to_svg(figure, "costs", f"Cost of a training step against the plain optimizer. {words}."), words)
+    return Figure(
+        to_svg(figure, "costs", f"Time of a training step against the plain optimizer on the same network. {words}."),
+        words,
+    )
 
 
 def _curves(arms: Sequence[Arm], key: str, title: str, unit: str, label: str) -> Section:

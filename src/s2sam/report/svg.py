@@ -80,11 +80,20 @@ def new_axes(title: str, x: str = "", y: str = "", *, height: float = 2.7) -> tu
     figure = Figure(figsize=(4.15, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, color=INK, pad=8)
+    axes.set_title(shorten(title, 40), color=INK, pad=8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.tick_params(length=0)
     return figure, axes
+
+
+def shorten(text: str, room: int) -> str:
+    """`text` in at most `room` characters: the page names everything in full beside its colour.
+
+    >>> shorten("S2-SAM (rho 0.05)", 12), shorten("SGD", 12)
+    ('S2-SAM (r...', 'SGD')
+    """
+    return text if len(text) <= room else text[: room - 3].rstrip() + "..."
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:

@@ -1,30 +1,21 @@
-"""The table of a report: one row per arm, as data, Markdown, CSV and rich. Says no more than the intervals do."""
+"""The table of a report: one row per arm, as data and as text cells. Says no more than the intervals do."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from s2sam.report.arms import Arm, reference_of
+from s2sam.report.beside import Beside, Spread, present, spread
 from s2sam.report.cost import Cost, cost_from_runs
-from s2sam.report.stats import LEVEL, Difference, Interval, binomial_error, deviation, mean, paired_difference
+from s2sam.report.stats import Difference, Interval, binomial_error, deviation, mean, paired_difference
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-HEADERS = (
-    "arm", "test accuracy %", "sd", "vs {plain}", "95 % interval", "all {m} together", "verdict", "n", "test images",
-    "cost ratio", "sparsity %",
-)  # fmt: skip
 NO_DIFFERENCE = "no difference shown"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: accuracies are fractions, costs are ratios to the plain arm of the same base."""
+    """One arm; accuracies are fractions."""
 
     arm: Arm
     mean: float
@@ -34,6 +25,7 @@ class Row:
     cost: Cost | None
     sparsity: tuple[float, float]  #: lowest and highest over the seeds, measured from the weights
     test_images: int
+    beside: Mapping[str, Spread] = field(default_factory=dict)  #: by key, see :mod:`s2sam.report.beside`
 
     @property
     def n(self) -> int:
@@ -63,6 +55,23 @@ class Table:
     binomial_error: float  #: of the mean accuracy over all arms on this test set
 
     @property
+    def beside(self) -> tuple[Beside, ...]:
+        """The further accuracies that some run has."""
+        return present(row.arm for row in self.rows)
+
+    @property
+    def plain(self) -> str:
+        """What the plain optimizer is called: "SGD"."""
+        names = sorted({row.arm.treatment for row in self.rows if row.arm.plain})
+        return names[0] if len(names) == 1 else "plain"
+
+    @property
+    def has_dense(self) -> bool:
+        """True if costs can be compared with the plain dense arm too, and do not only repeat themselves."""
+        pruned = any(not row.arm.dense for row in self.rows)
+        return pruned and any(row.cost is not None and row.cost.dense is not None for row in self.rows)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know to read the numbers."""
         first = self.rows[0]
@@ -84,7 +93,17 @@ class Table:
             f"training again on "
             "this data, not of new test images."
         )
-        notes.append(first.cost.how if first.cost else "Cost was not measured.")
+        if self.beside:
+            notes += [
+                *(one.note for one in self.beside),
+                "Differences and verdicts go by the plain test accuracy alone.",
+            ]
+        notes.append(first.cost.how if first.cost else "Step times were not measured.")
+        if self.has_dense:
+            notes.append(
+                "Masked weights are multiplied like all others here, so a sparse network saves no time: its step time "
+                f"against dense {self.plain} shows the price of the masks."
+            )
         return tuple(notes)
 
 
@@ -96,7 +115,7 @@ def build_table(arms: Sequence[Arm], costs: Mapping[str, Cost] | None = None) ->
     """
     references = {arm.name: reference_of(arm, arms) for arm in arms}
     comparisons = sum(reference is not None for reference in references.values())
-    costs = cost_from_runs(arms) if costs is None else costs
+    costs, extra = cost_from_runs(arms) if costs is None else costs, present(arms)
     rows = []
     for arm in arms:
         reference, top1 = references[arm.name], arm.final("test_top1")
@@ -120,6 +139,7 @@ def build_table(arms: Sequence[Arm], costs: Mapping[str, Cost] | None = None) ->
                 cost=costs.get(arm.name),
                 sparsity=(min(sparsity), max(sparsity)),
                 test_images=images,
+                beside={one.key: found for one in extra if (found := spread(arm, one.key))},
             )
         )
     grain = binomial_error(mean([row.mean for row in rows]), rows[0].test_images)
@@ -143,122 +163,43 @@ def interval_text(interval: Interval | None) -> str:
     return "-" if interval is None else f"{percent(interval.low, sign=True)} to {percent(interval.high, sign=True)}"
 
 
-def headers(table: Table) -> list[str]:
-    """The column heads of this table."""
-    plain = sorted({row.arm.treatment for row in table.rows if row.arm.plain})
-    return [h.format(plain=plain[0] if len(plain) == 1 else "plain", m=table.comparisons) for h in HEADERS]
+def headers(table: Table) -> dict[str, str]:
+    """The heads of this table's columns by name, in their order."""
+    heads = {"arm": "arm", "accuracy": "test accuracy %", "deviation": "sd"}
+    heads |= {one.key: one.header for one in table.beside}
+    heads |= {
+        "difference": f"vs {table.plain}", "interval": "95 % interval",
+        "simultaneous": f"all {table.comparisons} together", "verdict": "verdict", "n": "n", "images": "test images",
+        "cost": f"step time vs {table.plain}, same network",
+    }  # fmt: skip
+    if table.has_dense:
+        heads["dense_cost"] = f"step time vs {table.plain}, dense network"
+    return heads | {"sparsity": "sparsity %"}
 
 
-def cells(row: Row) -> list[str]:
-    """One row as text, in the order of :data:`HEADERS`."""
+def cells(table: Table, row: Row) -> dict[str, str]:
+    """One row as text, under the names of :func:`headers`."""
     d, low, high = row.difference, *row.sparsity
     sparsity = percent(low, 1) if percent(low, 1) == percent(high, 1) else f"{percent(low, 1)} to {percent(high, 1)}"
-    return [
-        row.arm.name,
-        percent(row.mean),
-        percent(row.deviation),
-        percent(d.mean, sign=True) if d else "-",
-        interval_text(d.interval if d else None),
-        interval_text(d.simultaneous if d else None),
-        row.verdict,
-        str(row.n),
-        str(row.test_images),
-        row.cost.text if row.cost else "-",
-        sparsity,
-    ]
+    text = {
+        "arm": row.arm.name, "accuracy": percent(row.mean), "deviation": percent(row.deviation),
+        "difference": percent(d.mean, sign=True) if d else "-",
+        "interval": interval_text(d.interval if d else None),
+        "simultaneous": interval_text(d.simultaneous if d else None),
+        "verdict": row.verdict, "n": str(row.n), "images": str(row.test_images),
+        "cost": row.cost.text if row.cost else "-", "dense_cost": row.cost.dense_text if row.cost else "-",
+        "sparsity": sparsity,
+    } | {one.key: spread_text(row.beside.get(one.key), row.n) for one in table.beside}  # fmt: skip
+    return {name: text[name] for name in headers(table)}
 
 
-def to_markdown(table: Table) -> str:
-    """A Markdown table with its notes below."""
-    grid = [headers(table), *(cells(row) for row in table.rows)]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in grid]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in escaped]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+def spread_text(found: Spread | None, seeds: int) -> str:
+    """Mean and standard deviation in percent, and how many of the seeds have the number, if not all.
 
-
-def to_csv(table: Table) -> str:
-    """Unrounded numbers, one line per arm; accuracies and differences are fractions, empty where there is none."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        [
-            "arm",
-            "base",
-            "treatment",
-            "n",
-            "seeds",
-            "test_images",
-            "test_top1_mean",
-            "test_top1_sd",
-            "difference",
-            "interval_low",
-            "interval_high",
-            "simultaneous_low",
-            "simultaneous_high",
-            "comparisons",
-            "level",
-            "verdict",
-            "cost_ratio",
-            "cost_low",
-            "cost_high",
-            "step_seconds",
-            "sparsity_min",
-            "sparsity_max",
-        ]
-    )
-    for row in table.rows:
-        d, cost = row.difference, row.cost
-        writer.writerow(
-            [
-                *(
-                    row.arm.name,
-                    row.arm.base,
-                    row.arm.treatment,
-                    row.n,
-                    " ".join(map(str, row.arm.runs)),
-                    row.test_images,
-                ),
-                *(row.mean, row.deviation, d.mean if d else None, *_ends(d.interval if d else None)),
-                *(*_ends(d.simultaneous if d else None), table.comparisons, LEVEL, row.verdict),
-                *(cost.ratio if cost else None, *_ends(cost.interval if cost else None)),
-                *(cost.step_seconds if cost else None, *row.sparsity),
-            ]
-        )
-    return buffer.getvalue()
-
-
-def to_rich(table: Table) -> RichTable:
-    """The table for a terminal of 80 columns, to be printed with its notes; the interval is the one that decides."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    head, rows = headers(table), table.rows
-    counts = sorted({row.n for row in rows})
-    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    title = f"n = {span} seeds an arm, {rows[0].test_images} test images"
-    result = RichTable(box=box.SIMPLE_HEAD, title=title, padding=0, show_edge=False)
-    result.title_justify, result.title_style = "left", "bold"
-    result.add_column("arm", no_wrap=True)
-    interval = f"95 %, all {table.comparisons}" if table.comparisons > 1 else head[4]
-    for name in ("test % (sd)", head[3], interval):
-        result.add_column(name, justify="right", no_wrap=name is not interval)
-    result.add_column("verdict", min_width=13)
-    for name in ("cost", "sparse"):
-        result.add_column(name, justify="right", no_wrap=True)
-    for base in dict.fromkeys(row.arm.base for row in rows):
-        result.add_section()
-        result.add_row(Text(base, style="bold"))
-        for row in (row for row in rows if row.arm.base == base):
-            text, shows = cells(row), row.difference.shows if row.difference else 0
-            accuracy = text[1] + ("" if row.deviation is None else f" ({text[2]})")
-            line = [f"  {row.arm.treatment}", accuracy, text[3], text[5]]
-            verdict = Text(row.verdict, style={1: "bold green", -1: "bold red"}.get(shows, "dim"))
-            result.add_row(*map(Text, line), verdict, Text(text[9].split(" ")[0]), Text(text[10]))
-    return result
-
-
-def _ends(interval: Interval | None) -> tuple[float | None, float | None]:
-    return (None, None) if interval is None else (interval.low, interval.high)
+    >>> spread_text(Spread(0.9, 0.01, 2), 3), spread_text(Spread(0.9, None, 1), 1), spread_text(None, 3)
+    ('90.00 (1.00), n = 2', '90.00', '-')
+    """
+    if found is None:
+        return "-"
+    text = percent(found.mean) + ("" if found.deviation is None else f" ({percent(found.deviation)})")
+    return text if found.n == seeds else f"{text}, n = {found.n}"

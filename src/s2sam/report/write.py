@@ -7,9 +7,10 @@ from pathlib import Path
 
 from s2sam.report.arms import group_runs
 from s2sam.report.cost import cost_from_rounds
+from s2sam.report.formats import to_csv, to_markdown
 from s2sam.report.html import render
 from s2sam.report.read import read_runs
-from s2sam.report.tables import Table, build_table, to_csv, to_markdown
+from s2sam.report.tables import Table, build_table
 from s2sam.train.atomic import write_text
 
 

@@ -11,6 +11,7 @@ differs:
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -53,8 +54,8 @@ class Sparsifier:
         optimizer: a torch optimizer of any kind, or several; weights that none of them holds stay dense.
         sparsity: the share of all prunable weights that is 0.
         distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity},
-            "global", by the initial scores over all layers together, or "auto", what the method's authors do: "global"
-            for methods that score weights across layers, else "erk".
+            "global", by the scores over all layers together, or "auto", what the method's authors do: "global" for
+            snip, grasp, synflow and lt, else "erk".
         power_scale: exponent of "erk".
         total_steps: calls of `optimizer.step()` in the whole training, for methods with a schedule.
         batches, loss_fn: data and loss, for methods that score weights with them.
@@ -98,7 +99,7 @@ class Sparsifier:
         self.batches, self.loss_fn = batches, loss_fn
         if batches is not None and not self.needs_batches:
             warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
-        if generator is not None and generator.device.type != "cpu":
+        if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
             raise ValueError("generator must be a CPU torch.Generator, so that every device and rank draws the same")
         self.final_sparsity, self.power_scale = sparsity, power_scale
         self.distribution: Distribution = self.default_distribution if distribution == "auto" else distribution
@@ -151,6 +152,13 @@ class Sparsifier:
         """The sparsity that the method means to have after step `t`; :meth:`sparsity` measures the one there is."""
         return self.final_sparsity
 
+    def behind(self, part: Part) -> bool:
+        """Whether more weights are active than the plan leaves after the part's steps so far; reads no device."""
+        return False
+
+    def look(self, part: Part) -> None:
+        """See the gradients of the step to come, before those of pruned weights become 0. Default: nothing."""
+
     def extra_state(self) -> dict[str, Any]:
         """More to save: tensors, numbers, strings and containers of them."""
         return {}
@@ -194,7 +202,7 @@ class Sparsifier:
 
     @property
     def step(self) -> int:
-        """Calls of `step()` of the (first) optimizer since the start of training."""
+        """Steps of the (first) optimizer since the start of training: calls of `step()`, and :meth:`missed_step`."""
         return self.parts[0].step
 
     def sparsity(self) -> float:
@@ -229,6 +237,7 @@ class Sparsifier:
         """
         for part in self.parts:
             if not part.replaces_next():
+                part.show_gradients()
                 part.mask_gradients()
 
     def apply(self) -> None:
@@ -248,6 +257,41 @@ class Sparsifier:
                 "sparsifier.apply() to prune the weights that are there"
             )
         sync.check_same(self.masks)
+
+    def missed_step(self, optimizer: Optimizer | None = None) -> None:
+        """Count a step that never reached `optimizer.step()` (of that one; None = of all); nothing else happens.
+
+        A GradScaler that meets an overflow does not call an optimizer that is not fused, so no hook hears of the step,
+        and a schedule over `total_steps` would fall behind. After `scaler.step(optimizer); scaler.update()` say
+        `if sparsifier.step == before: sparsifier.missed_step()`. A prune that was due is made up for in the next step.
+
+        Raises:
+            ValueError: `optimizer` is none of the sparsifier's.
+        """
+        if optimizer is not None and optimizer not in self.optimizers:
+            raise ValueError("missed_step() takes one of the optimizers that sparsify() was given, or none for all")
+        for part in self.parts:
+            if optimizer is None or part.optimizer is optimizer:
+                part.step += 1
+
+    @torch.no_grad()
+    def catch_up(self) -> bool:
+        """Prune now what the plan wants pruned by now; True if there was something. Call it after the last step.
+
+        Only needed if the last step may be skipped (a GradScaler, gradients that are not finite): any other is made up
+        for by the next one.
+
+        Raises:
+            RuntimeError: the weights are displaced by S2SAM.
+        """
+        late = [] if self.frozen else [part for part in self.parts if self.behind(part)]
+        if any(getattr(step_hooks(part.optimizer).sharpness, "is_displaced", False) for part in late):
+            raise RuntimeError("the weights are displaced; call sam.restore() before sparsifier.catch_up()")
+        self.check_ready()
+        for part in late:
+            part.layers.follow_device()
+            self.change_topology(part)
+        return bool(late)
 
     def freeze(self) -> None:
         """Stop changing the topology; the masks stay in force."""
@@ -348,6 +392,7 @@ def _weights_loaded(sparsifier: Sparsifier, module: nn.Module, *args: Any) -> No
 def _check_steps(total_steps: int | None) -> int | None:
     if total_steps is None:
         return None
-    if isinstance(total_steps, bool) or int(total_steps) != total_steps or total_steps < 1:
+    real = isinstance(total_steps, numbers.Real) and not isinstance(total_steps, bool)
+    if not real or total_steps % 1 or total_steps < 1:
         raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
     return int(total_steps)

@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import heapq
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from s2sam.sparse.names import select, unknown
+from s2sam.sparse.names import DISTRIBUTIONS, LAYERWISE, select, unknown
 
 Shapes = Mapping[str, Sequence[int]]
 Distribution = str | Mapping[str, float]
-
-DISTRIBUTIONS = ("uniform", "uniform-first-dense", "uniform-first-last-dense", "er", "erk")
 
 
 def densities(
@@ -48,8 +47,8 @@ def densities(
     sizes = _sizes(shapes, sparsity)
     if not isinstance(distribution, str):
         return _with_fixed(shapes, sizes, sparsity, _fixed(shapes, distribution), power_scale)
-    if distribution not in DISTRIBUTIONS:
-        raise unknown("distribution", distribution, ("auto", *DISTRIBUTIONS, "global"))
+    if distribution not in LAYERWISE:
+        raise unknown("distribution", distribution, DISTRIBUTIONS)
     if distribution == "er":
         raw = {name: _er(shape) for name, shape in shapes.items()}
         return _water_fill(raw, sizes, (1 - sparsity) * sum(sizes.values()))
@@ -136,10 +135,25 @@ def thin(kept: Mapping[str, int], share: float) -> dict[str, int]:
     return _largest_remainder({name: share * n for name, n in kept.items()}, kept, total)
 
 
+def share_out(total: int, shares: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
+    """`total` weights among layers in proportion to their `shares`, none above its `room`; the others take the excess.
+
+    If all shares are 0 they count as equal. `total` is at most the sum of the room.
+
+    >>> share_out(10, {"a": 1.0, "b": 3.0, "c": 0.0}, {"a": 9, "b": 4, "c": 5})
+    {'a': 6, 'b': 4, 'c': 0}
+    """
+    least = 1e-9 * max(shares.values()) or 1.0  # so that a layer without a share is the last to be filled
+    raw = {name: max(share, least) / room[name] for name, share in shares.items() if room[name]}
+    found = _water_fill(raw, room, total)
+    ideal = {name: found.get(name, 0.0) * n for name, n in room.items()}
+    return _largest_remainder(ideal, room, total, dict.fromkeys(room, 0))
+
+
 def _sizes(shapes: Shapes, sparsity: float) -> dict[str, int]:
     if not shapes:
         raise ValueError("there is no layer to make sparse")
-    if not 0 <= sparsity <= 1:
+    if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be between 0 and 1 (the share of weights that are zero), got {sparsity!r}")
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
@@ -153,9 +167,11 @@ def _dense(shapes: Shapes, distribution: str) -> set[str]:
 
 def _fixed(shapes: Shapes, distribution: Mapping[str, float]) -> dict[str, float]:
     """Layer name -> sparsity, for the layers that the keys of `distribution` mean."""
+    if not isinstance(distribution, Mapping):
+        raise ValueError(f"distribution must be a name or a map from layers to sparsities, got {distribution!r}")
     fixed: dict[str, float] = {}
     for pattern, sparsity in distribution.items():
-        if not 0 <= sparsity < 1:
+        if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
             raise ValueError(f"the sparsity of {pattern!r} must be at least 0 and less than 1, got {sparsity!r}")
         names = select(pattern, list(shapes))
         if not names:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from s2sam.hooks import check_number
 from s2sam.sparse import scores
 from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.options import check_flag, check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.schedules import check_interval
 from s2sam.sparse.topk import topk_mask
 
 
@@ -34,9 +35,16 @@ class DropGrowOptions:
 
     def __post_init__(self) -> None:
         check_number("drop_fraction", self.drop_fraction, 0.0, 1.0)
-        check_interval(self.delta_t)
+        check_whole("delta_t", self.delta_t)
         if self.t_end is not None:
             check_number("t_end", self.t_end, 0.0, 1.0)
+        check_flag("regrow_dropped", self.regrow_dropped)
+
+
+def check_annealed(method: str, options: DropGrowOptions) -> None:
+    """Raise ValueError unless the share has an end to fall to."""
+    if not options.t_end:
+        raise ValueError(f"method {method!r} needs a t_end above 0 and up to 1, got {options.t_end!r}")
 
 
 class DropGrow(Sparsifier):
@@ -97,6 +105,40 @@ class DropGrow(Sparsifier):
             if grow is None:
                 continue
             kept, n = self.keep(part, name, n)
-            taken = kept if self.options.regrow_dropped else mask
-            masks[name] = kept | topk_mask(grow.masked_fill(taken, -torch.inf), n, check=False)
+            masks[name] = add(kept, grow, n, taken=kept if self.options.regrow_dropped else mask)
         return masks
+
+
+class GrowByGradient(Sparsifier):
+    """Grow by |dL/dw| in a change that follows the step: the scores are kept from before the gradients are masked.
+
+    Call :meth:`mask_gradients` once a step at most: it looks as well, and a second call would find zeros.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seen: dict[Part, dict[str, Tensor]] = {}
+        super().__init__(*args, **kwargs)
+
+    def look(self, part: Part) -> None:
+        """Keep |dL/dw| if the step is due; else forget the last one."""
+        weights = part.layers.weights.items() if self.due(part, part.step + 1) else ()
+        self._seen[part] = {name: scores.gradient_magnitude(w) for name, w in weights if w.grad is not None}
+
+    def grow_scores(self, part: Part, name: str) -> Tensor | None:
+        """|dL/dw|; a layer without a gradient stays as it is."""
+        return self._seen[part].get(name)
+
+    def catch_up(self) -> bool:
+        """Without the gradients of the step that was missed."""
+        self._seen = {part: {} for part in self.parts}
+        return super().catch_up()
+
+
+def add(kept: Tensor, grow: Tensor, n: int, *, taken: Tensor) -> Tensor:
+    """The mask `kept`, and the `n` largest of the scores `grow` among the positions that are not `taken`.
+
+    >>> kept = torch.tensor([True, False, False])
+    >>> add(kept, torch.tensor([9.0, 1.0, 2.0]), 1, taken=kept).tolist()
+    [True, False, True]
+    """
+    return kept | topk_mask(grow.masked_fill(taken, -torch.inf), n, check=False)

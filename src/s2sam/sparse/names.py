@@ -6,6 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+LAYERWISE = ("uniform", "uniform-first-dense", "uniform-first-last-dense", "er", "erk")  #: see s2sam.sparse.budget
+DISTRIBUTIONS = ("auto", *LAYERWISE, "global")  #: what `distribution` can be, besides a map of layers
+
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name most like `name`, or None if nothing is similar.

@@ -1,7 +1,8 @@
 """Part: the sparse weights of one optimizer, and what happens to them in each of its steps.
 
-    MASK      the gradients of pruned weights become 0; but if this step changes the topology in place of moving the
-              weights (RigL), they stay dense, as growth scores, and the step is announced as replaced
+    MASK      the method looks at the gradients, then those of pruned weights become 0; but if this step changes the
+              topology in place of moving the weights (RigL), they stay dense, as growth scores, and the step is
+              announced as replaced
     REMASK    weights and optimizer state of pruned positions become 0, whatever the optimizer did to them
     TOPOLOGY  the masks change; at dropped and grown positions weight, state and gradient become 0, so that whoever
               reads the gradient afterwards (S2SAM's direction) sees the new mask with grown positions at 0
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from s2sam.hooks import Handle, Phase, StepContext, step_hooks
 from s2sam.sparse.masks import MaskSet
+from s2sam.tensors import by_kind
 
 if TYPE_CHECKING:
     from s2sam.sparse.base import Sparsifier
@@ -33,7 +35,7 @@ class Part:
         self.layers = MaskSet(weights)
         self.kept: dict[str, int] = {}  #: active weights per layer, known on the host
         self.step = 0
-        self._changing = False
+        self._changing = self._shown = False
         self._handles: list[Handle] = []
         hooks = step_hooks(optimizer)
         others = [getattr(function, "__self__", None) for function in hooks.gradient_masks]
@@ -65,6 +67,14 @@ class Part:
         self.layers.follow_device()
         self.layers.apply_to_gradients()
 
+    @torch.no_grad()
+    def show_gradients(self) -> None:
+        """Let the method look at the gradients, before :meth:`mask_gradients` takes those of pruned weights away."""
+        self._shown = True
+        self.layers.follow_device()
+        if not self.owner.frozen:
+            self.owner.look(self)
+
     def apply(self) -> None:
         """Weights and optimizer state of pruned positions become 0, now."""
         self.layers.apply_to_weights()
@@ -91,7 +101,10 @@ class Part:
         if self._changing and self.owner.placement == "replace":
             context.replace = True
         else:
+            if not self._shown and not context.skip:
+                self.show_gradients()
             self.layers.apply_to_gradients()
+        self._shown = False
 
     def _remask(self, context: StepContext) -> None:
         self.apply()
@@ -108,11 +121,4 @@ def finite(gradients: Iterable[Tensor]) -> bool:
     """Whether all gradients are finite everywhere; one host read."""
     dense = [g if g.layout == torch.strided else g.coalesce().values() for g in gradients]
     norms = torch._foreach_norm([g for g in dense if g.numel()], torch.inf)
-    return all(bool(torch.stack(list(n)).isfinite().all()) for n in _by_device(norms).values())
-
-
-def _by_device(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return groups
+    return all(bool(torch.stack(part).isfinite().all()) for part in by_kind(norms))

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.names import unknown
+from s2sam.sparse.options import check_whole
 from s2sam.sparse.prunable import unwrap
 
 BN_MODES = ("train", "eval")
@@ -69,6 +70,31 @@ class Saliency(Sparsifier):
         """The option of that name."""
         return int(self.options.min_per_layer)
 
+    def check_options(self) -> None:
+        """Batches and loss that cannot be any."""
+        if not hasattr(self.batches, "__iter__") and self.batches is not None:
+            raise ValueError(
+                f"batches must be a list or a loader of (input, target) pairs, got {type(self.batches).__name__}"
+            )
+        if not callable(self.loss_fn) and self.loss_fn is not None:
+            raise ValueError(f"loss_fn must be a function of output and target, got {type(self.loss_fn).__name__}")
+
+    def called(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `function`, which is the user's, makes of a batch.
+
+        Raises:
+            ValueError: it fails: images of another shape, labels that are no classes of the model.
+        """
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            shapes = ", ".join(str(tuple(t.shape)) for t in _leaves([args, kwargs]) if isinstance(t, Tensor))
+            raise ValueError(
+                f"method {self.method!r}: {what} fails on what it is scored with ({reason}), of shape {shapes}; give "
+                "inputs and targets as in training"
+            ) from error
+
     def read_batches(self, weight: Tensor) -> Iterator[Batch]:
         """The batches to score with, one after the other, where and as wide as `weight` is.
 
@@ -99,7 +125,7 @@ class Saliency(Sparsifier):
             if not isinstance(target, Tensor) or target.is_floating_point():
                 raise ValueError(f"method {self.method!r} needs loss_fn=, as the targets are no tensor of classes")
             loss_fn = F.cross_entropy
-        loss = loss_fn(output, target)
+        loss = self.called("the loss", loss_fn, output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("loss_fn(output, target) must return the mean loss of the batch, a tensor with one number")
         return loss.reshape(())
@@ -209,12 +235,6 @@ def checked(scores: dict[str, Tensor], method: str, hint: str = "") -> dict[str,
             f"all zero (a zero-initialised classifier, say) or a loss that does not depend on the weights{hint}"
         )
     return scores
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.part import Part
 
+Budget = int | dict[str, int]
+
 
 class Scheduled(Sparsifier):
     """Knows the length of the training, and compares what is kept with what the plan says. Never reads the device.
 
-    A change that is due in a step whose gradients are not finite does not happen; once the plan has ended, every step
-    is due until the target is met, so that a training ends at the sparsity it was given.
+    A change that is due in a step whose gradients are not finite, or that a GradScaler skips, does not happen; but a
+    step in which more is active than the plan leaves is always due, so that the next one makes up for it.
     """
+
+    def allowed(self, t: int) -> Budget:
+        """How many weights the plan leaves after step `t`: in each layer, or in all together."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many weights its plan leaves")
+
+    def behind(self, part: Part) -> bool:
+        """More active weights than the plan leaves."""
+        return over(part.kept, self.allowed(part.step))
 
     def check_options(self) -> None:
         """A plan needs the length of the training, and "global" counts need one optimizer."""
@@ -38,7 +46,7 @@ class Scheduled(Sparsifier):
         return {name: s.masked_fill(~part.layers.masks[name], -torch.inf) for name, s in scores.items()}
 
 
-def over(kept: dict[str, int], budget: Any) -> bool:
+def over(kept: dict[str, int], budget: Budget) -> bool:
     """Whether a layer keeps more than its budget, or all together more than a budget that is a number.
 
     >>> over({"a": 3, "b": 1}, {"a": 3, "b": 2}), over({"a": 3, "b": 1}, 3)

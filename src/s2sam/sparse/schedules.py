@@ -56,10 +56,14 @@ class Cubic:
 
 @dataclass(frozen=True)
 class CosineDrop:
-    """f_t = alpha / 2 (1 + cos(pi t / T_end)), 0 from T_end on: RigL's share of weights to drop (arXiv:1911.11134).
+    """f_t = f_end + (alpha - f_end) / 2 (1 + cos(pi t / T_end)): the share of weights to drop, f_end from T_end on.
+
+    With f_end = 0 it is RigL's (arXiv:1911.11134); ITOP and GraNet end at 0.005.
 
     >>> [round(CosineDrop(0.3, 100)(t), 6) for t in (0, 50, 100, 101)]
     [0.3, 0.15, 0.0, 0.0]
+    >>> [round(CosineDrop(0.5, 100, end=0.1)(t), 6) for t in (0, 50, 100)]
+    [0.5, 0.3, 0.1]
 
     Raises:
         ValueError: `t_end` is not positive.
@@ -67,6 +71,7 @@ class CosineDrop:
 
     alpha: float
     t_end: float
+    end: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.t_end > 0:
@@ -74,10 +79,6 @@ class CosineDrop:
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
-        return 0.0 if step >= self.t_end else self.alpha / 2 * (1 + math.cos(math.pi * step / self.t_end))
-
-
-def check_interval(delta_t: int) -> None:
-    """Raise ValueError unless `delta_t` is a whole number of steps, at least 1."""
-    if isinstance(delta_t, bool) or not isinstance(delta_t, int | float) or int(delta_t) != delta_t or delta_t < 1:
-        raise ValueError(f"delta_t must be a whole number of steps, at least 1, got {delta_t!r}")
+        if step >= self.t_end:
+            return self.end
+        return self.end + (self.alpha - self.end) / 2 * (1 + math.cos(math.pi * step / self.t_end))

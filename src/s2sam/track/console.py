@@ -27,8 +27,8 @@ class ConsoleLogger:
         self._say(headline(config, info))
         resumed = info.get("resumed")
         if resumed is not None:
-            for damage in resumed["torn"]:
-                self._say(f"passed over: {damage}")
+            for note in resumed["notes"]:
+                self._say(note)
             self._say(f"going on after step {resumed['step']:,} of {info['n_steps']:,}, from {resumed['path']}")
         if self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

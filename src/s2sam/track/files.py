@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,9 +40,10 @@ class FileLogger:
         lengths = {}
         for file in (self._lines, self._rows):
             assert file is not None, "start() comes first"
-            file.flush()
-            os.fsync(file.fileno())
-            lengths[Path(file.name).name] = os.fstat(file.fileno()).st_size
+            with named(file):
+                file.flush()
+                os.fsync(file.fileno())
+                lengths[Path(file.name).name] = os.fstat(file.fileno()).st_size
         return lengths
 
     def scalars(self, record: Record) -> None:
@@ -48,15 +51,17 @@ class FileLogger:
         assert self._lines is not None, "start() comes first"
         assert self._rows is not None
         clean = plain(record)
-        self._lines.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._lines.flush()
+        with named(self._lines):
+            self._lines.write(json.dumps(clean, allow_nan=False) + "\n")
+            self._lines.flush()
         if record["kind"] == "epoch":
             row = {key: value for key, value in clean.items() if key != "kind"}
-            if self._table is None:
-                self._table = csv.DictWriter(self._rows, list(row))
-                self._table.writeheader()
-            self._table.writerow(row)
-            self._rows.flush()
+            with named(self._rows):
+                if self._table is None:
+                    self._table = csv.DictWriter(self._rows, list(row))
+                    self._table.writeheader()
+                self._table.writerow(row)
+                self._rows.flush()
 
     def artifact(self, path: Path) -> None:
         """Files of the run lie in its folder already."""
@@ -65,7 +70,18 @@ class FileLogger:
         """Close both files."""
         for file in (self._lines, self._rows):
             if file is not None:
-                file.close()
+                with named(file):
+                    file.close()
+
+
+@contextmanager
+def named(file: TextIO) -> Iterator[None]:
+    """An OSError of the block, which has no name if it comes from a write (a full disk), gets that of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def _open(path: Path, length: int) -> TextIO:

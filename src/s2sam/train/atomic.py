@@ -13,7 +13,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; what was written there replaces `path` if the block ends without an error.
 
     Raises:
-        OSError: the disk is full or not writable; `path` is then what it was before.
+        OSError: the disk is full or not writable; `path`, which it names, is then what it was before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,6 +22,10 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None or str(temporary) in (str(error.filename), str(error.filename2)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import torch
 
 from s2sam.train.atomic import atomic
 
-FORMAT, VERSION = "s2sam-checkpoint", 2
+FORMAT, VERSION = "s2sam-checkpoint", 3
+#: what a checkpoint holds, by kind; see `Trainer.state_dict`
+CONTENT: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("config", "model", "optimizer", "scheduler", "scaler", "batches", "record", "logs"), (dict,)),
+    **dict.fromkeys(("best", "sparsifier", "ema"), (dict, type(None))),
+    **dict.fromkeys(("epoch", "step"), (int,)),
+    **dict.fromkeys(("rng", "meter", "step_seconds"), (torch.Tensor,)),
+    "cuda_rng": (torch.Tensor, type(None)), "skipped": (list, type(None)), "data_digest": (str,),
+    "seconds": (float, int),
+}  # fmt: skip
 _TORN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError, TypeError, OSError)
 
 
@@ -40,8 +50,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The state in `path`, on the CPU. Nothing but tensors and plain values is unpickled.
 
     Raises:
-        ValueError: there is no such file, it is torn (:class:`TornError`), no checkpoint of this trainer, or of another
-            version; the sentence names it.
+        ValueError: there is no such file, it is torn (:class:`TornError`), no checkpoint of this trainer, of another
+            version, or something is missing in it; the sentence names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,15 +69,49 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     version = state.get("version", 1)
     if version != VERSION:
-        advice = "upgrade s2sam" if version > VERSION else "continue it with the s2sam that wrote it, or train again"
-        raise ValueError(f"{path} has version {version} of the format, this s2sam reads version {VERSION}; {advice}")
+        newer = isinstance(version, int) and version > VERSION
+        advice = "upgrade s2sam" if newer else "continue it with the s2sam that wrote it, or train again"
+        raise ValueError(f"{path} has version {version!r} of the format, this s2sam reads version {VERSION}; {advice}")
+    damage = _damage(state)
+    if damage:
+        raise ValueError(f"{path} is damaged: {damage}; delete it and use an older one, or train again")
     return state
 
 
+@contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """Whatever the block, which loads parts of the checkpoint `name`, stumbles over becomes one sentence.
+
+    Raises:
+        ValueError: that sentence.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join((repr(error) if isinstance(error, KeyError) else str(error)).split())[:300]
+        raise ValueError(
+            f"{name} does not fit this model, its masks or its optimizer ({reason}); train anew with --resume never"
+        ) from error
+
+
+def _damage(state: Mapping[str, Any]) -> str:
+    """What is missing or of another kind than :data:`CONTENT` says; "" if nothing is."""
+    for key, kinds in CONTENT.items():
+        if key not in state:
+            return f"it has no {key!r}"
+        if not isinstance(state[key], kinds):
+            return f"its {key!r} is no {kinds[0].__name__}"
+    lengths = (state["epoch"], state["step"], *state["logs"].values())
+    if not all(isinstance(number, int) and number >= 0 for number in lengths):
+        return "its counts of epochs, steps and records are no whole numbers"
+    return ""
+
+
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
+    """What the system said, if it said something: the first cause of all."""
+    root: BaseException | None = error
+    while root is not None:
+        if isinstance(root, OSError) and root.strerror:
+            return root.strerror
+        root = root.__cause__ or root.__context__
     return str(error).splitlines()[0][:100]

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from s2sam import registry
-from s2sam.sparse.names import unknown
+from s2sam.sparse.names import DISTRIBUTIONS, unknown
 
 SHARPNESS = ("none", "s2sam", "sam")
-DIRECTIONS = ("gradient", "momentum")
-SCALES = ("norm", "relative", "asam")
-DISTRIBUTIONS = ("auto", "uniform", "uniform-first-dense", "uniform-first-last-dense", "er", "erk", "global")
+DIRECTIONS = ("gradient", "momentum", "ema", "random")
+SCALES = ("norm", "step", "relative", "filter", "asam")
+SAM_SCALES = ("norm", "relative", "asam")
+SCOPES = ("all", "weights", "norm")
+RHO_SCHEDULES = ("constant", "late", "rising", "lr")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant", "step", "onecycle")
 PRECISIONS = ("fp32", "bf16", "fp16")
+COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 AUGMENTATIONS = ("auto", "none", "crop", "flip", "crop+flip")
 
 
@@ -30,23 +34,48 @@ class SamConfig:
     """How the weights are displaced.
 
     Args:
-        direction: gradient (the paper) or momentum; s2sam only.
+        direction: gradient (the paper), momentum, ema (a mean of the gradients) or random (a control); s2sam only.
         sign: 1 (the paper) or -1 (the lookahead side); s2sam only.
-        scale: norm (|e| = rho), relative (|e| = rho |w|) or asam.
+        scale: norm (|e| = rho), relative (|e| = rho |w|) or asam; s2sam also step (e = rho lr d) and filter
+            (|e| = rho |w| for each filter).
+        scope: all, weights (tensors with at least 2 dims) or norm (normalisation layers); s2sam only.
+        ema_beta: decay of the mean of direction ema.
+        rho_schedule: constant, late (0 before rho_start), rising (linearly from 0) or lr (as the learning rate); s2sam
+            only. With LT it begins anew in each training.
+        rho_start: the share of the training after which rho_schedule late begins.
         stats_every: a step record every so many steps, with what s2sam measures about itself; 0 = none.
     """
 
     direction: str = "gradient"
     sign: int = 1
     scale: str = "norm"
+    scope: str = "all"
+    ema_beta: float = 0.9
+    rho_schedule: str = "constant"
+    rho_start: float = 0.75
     stats_every: int = 10
 
     def __post_init__(self) -> None:
         choice("sam.direction", self.direction, DIRECTIONS)
         choice("sam.scale", self.scale, SCALES)
+        choice("sam.scope", self.scope, SCOPES)
+        choice("sam.rho_schedule", self.rho_schedule, RHO_SCHEDULES)
+        number("sam.ema_beta", self.ema_beta, 0.0, below=1.0)
+        number("sam.rho_start", self.rho_start, 0.0, 1.0)
         if self.sign not in (1, -1):
             raise ValueError(f"sam.sign must be 1 or -1, got {self.sign!r}")
         whole("sam.stats_every", self.stats_every, 0)
+        if self.scale == "filter" and self.scope == "norm":
+            raise ValueError("sam.scale filter displaces tensors with at least 2 dims, and sam.scope norm has none")
+
+    def check_for_sam(self) -> None:
+        """Raise ValueError if something is set that the two-gradient method does not have."""
+        if self.scale not in SAM_SCALES:
+            raise ValueError(f"sam.scale {self.scale} is for sharpness s2sam; sam has {', '.join(SAM_SCALES)}")
+        for key in ("direction", "sign", "scope", "rho_schedule"):
+            value, only = getattr(self, key), getattr(SamConfig, key)
+            if value != only:
+                raise ValueError(f"sam.{key} {value} is for sharpness s2sam; with sam leave it at {only}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +85,15 @@ class SparseConfig:
     Args:
         distribution: how the sparsity is shared among the layers: erk, er, uniform, uniform-first-dense,
             uniform-first-last-dense, global (by score), a mapping from layers to their sparsities, or auto: global for
-            methods that score weights across layers, else erk.
-        include: only weights with these names are pruned; null = the default set.
-        exclude: weights with these names are never pruned.
+            snip, grasp, synflow and lt, erk for the others.
+        include: weights with these names or of these module classes are pruned too, as in '[stem, LayerNorm]'.
+        exclude: weights with these names or of these module classes are never pruned.
         options: options of the method, such as delta_t and drop_fraction; those of other methods are left aside.
     """
 
     distribution: str | dict[str, float] = "auto"
-    include: list[str] | None = None
-    exclude: list[str] | None = None
+    include: list[str] | str | None = None
+    exclude: list[str] | str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,6 +118,8 @@ class OptimConfig:
         accumulate: parts in which a batch passes the network, to save memory; the step is that of the whole batch.
         clip_norm: largest norm of the gradient, over the active weights; 0 = no limit.
         ema: decay of a moving average of the weights, measured besides them, such as 0.999; 0 = none.
+        fused: torch's fused kernel for the step. On a GPU s2sam then never waits for the device; without it the host
+            reads one number a step, whether the gradient is finite.
     """
 
     name: str = "sgd"
@@ -98,6 +129,7 @@ class OptimConfig:
     accumulate: int = 1
     clip_norm: float = 0.0
     ema: float = 0.0
+    fused: bool = False
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZERS)
@@ -134,6 +166,8 @@ class ScheduleConfig:
         choice("schedule.name", self.name, SCHEDULES)
         number("schedule.warmup_epochs", self.warmup_epochs, 0.0)
         number("schedule.final", self.final, 0.0, 1.0)
+        if not isinstance(self.milestones, (list, tuple)):
+            raise ValueError(f"schedule.milestones must be a list such as [0.5, 0.75], got {self.milestones!r}")
         for milestone in self.milestones:
             number("each of schedule.milestones", milestone, 0.0, 1.0)
         number("schedule.gamma", self.gamma, 0.0, 1.0)
@@ -182,7 +216,8 @@ class TrainConfig:
     """A whole run. The defaults are the recipe "digits".
 
     Args:
-        data: digits, the path of a folder with train.parquet and test.parquet, or the path of an .npz file.
+        data: digits, or a path: a folder of CIFAR files (binary or Python version), of images (train/CLASS/*.png), or
+            with train.parquet and test.parquet; or an .npz file with train_x, train_y, test_x, test_y.
         model: see `s2sam list models`.
         method: dense, or a sparse training method: see `s2sam list methods`.
         sparsity: share of the prunable weights that are 0, at least 0 and below 1; without effect for dense.
@@ -196,6 +231,9 @@ class TrainConfig:
         device: auto, cpu or cuda.
         precision: of forward and backward: fp32, bf16 or fp16; weights and optimizer state are fp32 always.
         channels_last: keep images and convolutions in this memory format, which is faster on some devices.
+        compile: torch.compile of the network in training: none, default, reduce-overhead (with CUDA graphs: the quickest
+            for small networks on a GPU) or max-autotune (these, and kernels tried out one by one; minutes to compile).
+        evaluate_every: epochs between evaluations on validation and test images; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; 0 = one at the end of every epoch only.
         sam: how the weights are displaced.
         sparse: how the sparsity is laid out.
@@ -229,6 +267,8 @@ class TrainConfig:
     device: str = "auto"
     precision: str = "fp32"
     channels_last: bool = False
+    compile: str = "none"
+    evaluate_every: int = 1
     checkpoint_every: int = 0
     sam: SamConfig = field(default_factory=SamConfig)
     sparse: SparseConfig = field(default_factory=lambda: SparseConfig(options={"delta_t": 20}))
@@ -243,7 +283,9 @@ class TrainConfig:
         choice("sharpness", self.sharpness, SHARPNESS)
         choice("device", self.device, ("auto", "cpu", "cuda"))
         choice("precision", self.precision, PRECISIONS)
+        choice("compile", self.compile, COMPILE)
         whole("checkpoint_every", self.checkpoint_every, 0)
+        whole("evaluate_every", self.evaluate_every, 1)
         number("sparsity", self.sparsity, 0.0, below=1.0)
         number("rho", self.rho, 0.0)
         number("lr", self.lr, 0.0)
@@ -256,10 +298,20 @@ class TrainConfig:
             )
         if self.sharpness == "sam" and self.precision == "fp16":
             raise ValueError("sharpness sam needs two gradients a step, which fp16 cannot scale; use --precision bf16")
+        if self.sharpness == "sam":
+            self.sam.check_for_sam()
+        without_momentum = self.optim.name == "sgd" and self.optim.momentum == 0
+        if self.sharpness == "s2sam" and self.sam.direction == "momentum" and without_momentum:
+            raise ValueError("sam.direction momentum needs an optim.momentum above 0")
         if 2 * self.optim.accumulate > self.batch_size:
             raise ValueError(
                 f"optim.accumulate {self.optim.accumulate} leaves less than 2 images a part; "
                 f"it can be {self.batch_size // 2} at most with batch_size {self.batch_size}"
+            )
+        if self.optim.accumulate > 1 and self.compile in CUDA_GRAPHS:
+            raise ValueError(
+                f"compile {self.compile} uses CUDA graphs, which lose gradients that are added up over "
+                "optim.accumulate parts (pytorch/pytorch#169545); use compile default, or optim.accumulate 1"
             )
         if not str(self.data).strip():
             raise ValueError("data is empty; give 'digits' or the path of a data set")

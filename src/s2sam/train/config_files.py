@@ -16,7 +16,10 @@ from typing import Any
 from s2sam import registry
 from s2sam.train.config import TrainConfig
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text",
+    "dict": "a mapping, as in --{key}.NAME VALUE", "list": "a list, as in '[0.5, 0.75]'",
+}  # fmt: skip
 SWITCHES = ("resume", "overwrite", "print_config")  #: flags that are no setting of the run
 _NESTED = {
     "model_options",
@@ -62,6 +65,25 @@ def parse_flags(argv: Sequence[str], *, prog: str = "s2sam train") -> tuple[Trai
     values = parser.instantiate(chosen)
     config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
     return config, {switch: values[switch] for switch in SWITCHES}
+
+
+def unused_options(argv: Sequence[str], config: TrainConfig) -> list[str]:
+    """The options in the flags `--sparse.options...` that the method does not have; those of files are left aside.
+
+    >>> unused_options(["--sparse.options.rate", "0.3"], TrainConfig(method="static"))
+    ['rate']
+    """
+    import yaml
+
+    given: list[str] = []
+    for token, value in zip(argv, [*argv[1:], ""], strict=True):
+        key, equals, _ = token.replace("-", "_").partition("=")
+        if key.startswith("__sparse.options."):
+            given.append(key.rpartition(".")[2])
+        elif key == "__sparse.options":
+            content = yaml.safe_load(token.partition("=")[2] if equals else value)
+            given += content if isinstance(content, Mapping) else []
+    return [option for option in given if option not in config.method_options]
 
 
 def make_parser(prog: str) -> Any:
@@ -170,17 +192,35 @@ def _check_file(path: Path) -> None:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        twice = _twice(yaml.compose(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark is not None else ""
         raise ValueError(f"{path} is not valid YAML{line}; write one `key: value` a line") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no configuration; write one `key: value` a line")
+    if twice:
+        raise ValueError(f"{path} gives {twice}; keep one of them")
     for key, value in _flat(content):
         check_key(key, f"in {path}")
         if _inner(key) and not isinstance(value, Mapping):
             raise ValueError(f"{key} in {path} is a group of settings, as in {key}: {{{_inner(key)[0]}: VALUE}}")
+
+
+def _twice(node: Any, prefix: str = "") -> str:
+    """The first key of a YAML node that stands twice in one mapping, with both lines; "" if there is none."""
+    seen: dict[str, int] = {}
+    for key, value in getattr(node, "value", ()) if getattr(node, "id", "") == "mapping" else ():
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in seen:
+            return f"{name!r} twice (lines {seen[name]} and {line})"
+        seen[name] = line
+        inner = _twice(value, f"{name}.")
+        if inner:
+            return inner
+    return ""
 
 
 def _inner(key: str) -> list[str]:
@@ -201,7 +241,7 @@ def _sentence(message: str) -> str:
     wrong = re.match(r'Parser key "([^"]+)":\s+Expected a <class \'(\w+)\'>\. Got value: (.*)', message, re.DOTALL)
     if wrong:
         key, kind, value = wrong.groups()
-        return f"{key} must be {_KINDS.get(kind, kind)}, got {value.strip()}"
+        return f"{key} must be {_KINDS.get(kind, kind).format(key=key)}, got {value.strip()}"
     union = re.match(r'Parser key "([^"]+)":\s+Does not validate .*Given value: (.*)', message, re.DOTALL)
     if union:
         return f"{union.group(1)} does not take the value {union.group(2).strip()}; `s2sam train --help` names its type"

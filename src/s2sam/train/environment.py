@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,25 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "git_commit": _commit(Path(__file__).parent),
     }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In which way a run that goes on will not be bit by bit the unbroken one; empty if nothing is known against it.
+
+    >>> differences({"hardware": {"threads": 2}}, {"hardware": {"threads": 1}})
+    ['threads were 2 and are 1 now: from here on the run is not bit by bit the unbroken one']
+    """
+    told = []
+    for group, key, verb in (
+        ("hardware", "threads", "were"),
+        ("hardware", "cpu", "was"),
+        ("hardware", "gpu", "was"),
+        ("versions", "torch", "was"),
+    ):
+        old, new = (dict(env.get(group) or {}).get(key) for env in (before, now))
+        if old is not None and new is not None and old != new:
+            told.append(f"{key} {verb} {old} and {'are' if verb == 'were' else 'is'} {new} now")
+    return [f"{', '.join(told)}: from here on the run is not bit by bit the unbroken one"] if told else []
 
 
 def _versions() -> dict[str, str]:

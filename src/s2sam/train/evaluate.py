@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,26 +15,42 @@ BATCH = 1024
 
 
 class Meter:
-    """Mean loss and accuracy over images, kept on the device until read; a batch with a non-finite loss is left out."""
+    """Mean loss and accuracy over images, kept on the device until read; a batch with a non-finite loss is left out.
 
-    def __init__(self, device: torch.device) -> None:
-        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  #: loss, correct, images, non-finite batches
+    Args:
+        device: where the batches are.
+        limit: losses above it, and those that are not finite, are counted as absurd.
+    """
+
+    def __init__(self, device: torch.device, limit: float = math.inf) -> None:
+        self.limit = limit
+        #: loss, correct, images, batches whose loss is not finite, batches whose loss is absurd
+        self.totals = torch.zeros(5, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, logits: Tensor, y: Tensor, loss: Tensor) -> None:
         """Add one batch: logits (N, classes), labels (N,) or probabilities (N, classes), its mean loss."""
-        finite = torch.isfinite(loss.detach())
+        loss = loss.detach()
+        finite = torch.isfinite(loss)
         labels = y.argmax(dim=1) if y.is_floating_point() else y
         correct = (logits.argmax(dim=1) == labels).sum()
         n = len(y)
-        batch = torch.stack([torch.where(finite, loss.detach() * n, 0.0), correct, finite * n, ~finite]).double()
+        absurd = ~(loss <= self.limit) | ~finite
+        batch = torch.stack([(loss * n).masked_fill(~finite, 0.0), correct, finite * n, ~finite, absurd]).double()
         batch[1] *= finite
         self.totals += batch
 
-    def read(self) -> tuple[float, float, int]:
-        """(mean loss, top-1, number of non-finite batches); NaN where no batch was finite."""
-        loss, correct, images, bad = self.totals.tolist()
-        return (loss / images, correct / images, int(bad)) if images else (float("nan"), float("nan"), int(bad))
+    def load_state_dict(self, totals: Tensor) -> None:
+        """Go on from saved `totals`; ValueError if there are others than these five."""
+        if totals.shape != self.totals.shape:
+            raise ValueError(f"the meter holds {len(self.totals)} numbers, the saved one {totals.numel()}")
+        self.totals.copy_(totals)
+
+    def read(self) -> tuple[float, float, int, int]:
+        """(mean loss, top-1, number of non-finite batches, of absurd ones); NaN where no batch was finite."""
+        loss, correct, images, bad, absurd = self.totals.tolist()
+        means = (loss / images, correct / images) if images else (math.nan, math.nan)
+        return *means, int(bad), int(absurd)
 
 
 @torch.no_grad()

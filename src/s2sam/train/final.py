@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from s2sam.sparse.base import Sparsifier
 from s2sam.track.base import Loggers
 from s2sam.train.averages import recalibrated
 from s2sam.train.evaluate import evaluate_split
 from s2sam.train.folder import RunFolder
+from s2sam.train.seeding import generator
 from s2sam.train.state import TrainState
 
 SAME_SPARSITY = 1e-3  #: epochs whose sparsity differs by less compete for "best"
@@ -30,14 +32,15 @@ def finish(
         step_seconds: median seconds of a training step.
 
     Raises:
-        RuntimeError: a pruned weight is not exactly 0.
+        RuntimeError: a pruned weight is not exactly 0, or there are more weights than the method's plan leaves.
     """
     assert state.best is not None
+    if state.sparsifier is not None:
+        check_sparsity(state.sparsifier)
     paths: list[Path] = [folder.save_tensors("model.safetensors", state.model.state_dict())]
     if state.ema is not None:
         paths.append(folder.save_tensors("ema.safetensors", state.ema.module.state_dict()))
     if state.sparsifier is not None:
-        state.sparsifier.verify()
         paths.append(folder.save_tensors("masks.safetensors", state.sparsifier.masks))
     parameters, active = state.parameter_counts()
     final = {
@@ -48,7 +51,10 @@ def finish(
         "test_images": len(state.data.test_x), "n_steps": state.step, "data_digest": state.data.digest,
     }  # fmt: skip
     final |= {key: value for key, value in record.items() if key.startswith("ema_")}
-    twin = recalibrated(state.model, state.batches.data_x, state.config.batch_size, state.augment)
+    twin = recalibrated(
+        state.model, state.batches.data_x, state.config.batch_size, state.augment,
+        generator(state.config.seed, "recalibrate"),
+    )  # fmt: skip
     if twin is not None:
         loss, top1 = evaluate_split(twin, state.data, "test", state.augment)
         final |= {"recalibrated_test_loss": loss, "recalibrated_test_top1": top1}
@@ -56,6 +62,18 @@ def finish(
     for path in paths:
         log.artifact(path)
     return final
+
+
+def check_sparsity(sparsifier: Sparsifier) -> None:
+    """Raise RuntimeError if a pruned weight is not exactly 0, or if more weights are left than the plan leaves."""
+    sparsifier.verify()
+    sparsifier.count_kept()
+    if not sparsifier.frozen and any(sparsifier.behind(part) for part in sparsifier.parts):
+        raise RuntimeError(
+            f"the run ends at sparsity {sparsifier.sparsity():.4f} and method {sparsifier.method!r} means "
+            f"{sparsifier.target_sparsity(sparsifier.step):.4f}, as no step was left to prune in; train longer, or let "
+            "the pruning end earlier (sparse.options t_end or phases)"
+        )
 
 
 def beats(record: dict[str, Any], best: dict[str, Any] | None) -> bool:

@@ -127,6 +127,10 @@ def load_model(
     try:
         model.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError, OSError) as error:
-        what = "is torn" if isinstance(error, SafetensorError) else "does not fit the network or the size of the images"
-        raise ValueError(f"{path} {what}; train the run again, or give images of {config.data}'s size") from error
+        if isinstance(error, SafetensorError):
+            raise ValueError(f"{path} is torn; train the run again") from error
+        raise ValueError(
+            f"{path} does not fit the network or the size of the images; give images of {config.data}'s size, or train "
+            "the run again"
+        ) from error
     return model

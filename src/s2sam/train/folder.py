@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from s2sam.train.atomic import atomic, write_text
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import dump
+from s2sam.train.environment import differences
 from s2sam.train.lock import LOCK
 
 FILES = (
@@ -65,14 +69,27 @@ class RunFolder:
         write_text(self.path / "env.json", json.dumps(env, indent=1) + "\n")
         self.checkpoints.mkdir()
 
-    def reopen(self, step: int, env: Mapping[str, Any]) -> None:
-        """Go on with the run here: note in env.json at which step and on what; half-written files go."""
+    def reopen(self, step: int, env: Mapping[str, Any]) -> list[str]:
+        """Go on with the run here: note in env.json at which step and on what; half-written files go.
+
+        Returns:
+            What a user should know: that env.json was torn and is written anew, or that this is another machine.
+        """
         self.tidy()
         (self.path / "DONE").unlink(missing_ok=True)
         path = self.path / "env.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        resumed = [*known.pop("resumed", []), {"step": step, **env}]
-        write_text(path, json.dumps({**known, "resumed": resumed}, indent=1) + "\n")
+        notes: list[str] = []
+        try:
+            known = dict(json.loads(path.read_text(encoding="utf-8")))
+            earlier = list(known.pop("resumed", []))
+            notes += differences(known | (earlier[-1] if earlier else {}), env)
+        except (OSError, ValueError, TypeError):
+            known, earlier = dict(env), []
+            notes.append(
+                f"{path} was torn or not there; it is written anew, without what was known before step {step:,}"
+            )
+        write_text(path, json.dumps({**known, "resumed": [*earlier, {"step": step, **env}]}, indent=1) + "\n")
+        return notes
 
     def tidy(self) -> None:
         """Remove what a process that was killed while writing left behind."""
@@ -80,13 +97,19 @@ class RunFolder:
             path.unlink()
 
     def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file, whole or not at all; OSError as :func:`~s2sam.train.atomic.atomic`."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self.path / name
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         with atomic(path) as temporary:
-            save_file(copies, temporary, {"format": "pt"})
+            try:
+                save_file(copies, temporary, {"format": "pt"})
+            except SafetensorError as error:  # what the system said is in its text only
+                said = re.search(r"\(os error (\d+)\)", str(error))
+                number = int(said[1]) if said else errno.EIO
+                raise OSError(number, os.strerror(number), str(path)) from error
         return path
 
     def finish(self) -> None:

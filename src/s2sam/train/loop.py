@@ -12,10 +12,12 @@ from s2sam.sam.single_step import S2SAM
 from s2sam.track.base import Logger, Loggers
 from s2sam.track.console import ConsoleLogger
 from s2sam.track.files import FileLogger
-from s2sam.train.checkpoint import save_checkpoint
+from s2sam.train.checkpoint import fitting, save_checkpoint
 from s2sam.train.config import TrainConfig
+from s2sam.train.divergence import absurd_loss, check_evaluation, check_losses, check_skips, diverged
 from s2sam.train.environment import environment
 from s2sam.train.evaluate import Meter, evaluate_split
+from s2sam.train.fast import quickest_convolutions
 from s2sam.train.final import beats, finish
 from s2sam.train.folder import RunFolder
 from s2sam.train.lock import hold
@@ -65,6 +67,14 @@ def run(
         found = find_resume(folder, config, resume, overwrite=overwrite)
         state = build(config, init=found is None)
         env = environment(state.device) | data_facts(state)
+        loggers: list[Logger] = [FileLogger(folder.path)]
+        if console is not None:
+            loggers.append(ConsoleLogger(console))
+        if found is not None:
+            state.load_state_dict(found.saved, found.name)
+        trainer = Trainer(state, Loggers(loggers), folder, signals)
+        if found is not None:
+            trainer.load_state_dict(found.saved, found.name)
         if found is None or found.run.resolve() != folder.path.resolve():
             folder.create(config, env, overwrite=overwrite)
         info = {
@@ -72,18 +82,11 @@ def run(
             "test_images": len(state.data.test_x), "parameters": state.parameter_counts()[0], "env": env,
         }  # fmt: skip
         if found is not None:
-            state.load_state_dict(found.saved, f"the checkpoint {found.path}")
             take_over(folder, found)
-            folder.reopen(state.step, env)
-            resumed = {"step": state.step, "path": str(found.path), "torn": found.torn}
+            notes = [*(f"passed over: {damage}" for damage in found.torn), *folder.reopen(state.step, env)]
+            resumed = {"step": state.step, "path": str(found.path), "notes": notes}
             info |= {"logs": found.saved["logs"], "resumed": resumed}
-        loggers: list[Logger] = [FileLogger(folder.path)]
-        if console is not None:
-            loggers.append(ConsoleLogger(console))
-        with Loggers(loggers).tracking(config.as_dict(), info) as log:
-            trainer = Trainer(state, log, folder, signals)
-            if found is not None:
-                trainer.load_state_dict(found.saved)
+        with trainer.log.tracking(config.as_dict(), info), quickest_convolutions(state.device):
             final = trainer.train()
         folder.finish()
     return final
@@ -104,7 +107,8 @@ class Trainer:
     def __init__(self, state: TrainState, log: Loggers, folder: RunFolder, signals: Signals | None = None) -> None:
         self.state, self.log, self.folder = state, log, folder
         self.signals = Signals() if signals is None else signals
-        self.timer, self.meter = StepTimer(state.device), Meter(state.device)
+        self.timer = StepTimer(state.device)
+        self.meter = Meter(state.device, absurd_loss(state.data.num_classes))
         self.topology = None if state.sparsifier is None else TopologyLog(state.sparsifier)
         self.record: dict[str, Any] = {}  #: of the last finished epoch
         self.watch = Stopwatch()  #: the training time of the epoch
@@ -145,15 +149,19 @@ class Trainer:
                 self.save("last.pt")
                 self.signals.obey()
         self.timer.collect()
-        train_loss, train_top1, bad = self.meter.read()
+        train_loss, train_top1, bad, absurd = self.meter.read()
         seconds = self.watch.pause()
-        done = len(state.batches)
-        if bad and (not state.skips_steps or bad == done):
-            self.diverged(math.nan)
+        check_losses(state, bad, absurd)
+        images = min(len(state.batches) * state.config.batch_size, len(state.data.train_x))
+        finished = state.epoch + 1
+        measured = finished % state.config.evaluate_every == 0 or finished == state.config.epochs
+        (val_loss, val_top1), (test_loss, test_top1) = (
+            evaluate_split(state.model, state.data, split, state.augment) if measured else (None, None)
+            for split in ("val", "test")
+        )
+        check_evaluation(state, "validation", val_loss)
+        check_evaluation(state, "test", test_loss)
         state.epoch += 1
-        images = min(done * state.config.batch_size, len(state.data.train_x))
-        val_loss, val_top1 = evaluate_split(state.model, state.data, "val", state.augment)
-        test_loss, test_top1 = evaluate_split(state.model, state.data, "test", state.augment)
         record = {
             "kind": "epoch", "epoch": state.epoch, "step": state.step,
             "train_loss": train_loss, "train_top1": train_top1, "val_loss": val_loss, "val_top1": val_top1,
@@ -163,7 +171,7 @@ class Trainer:
         }  # fmt: skip
         if state.level is not None:
             record |= {"kind": "level", "level": state.level}
-        if state.ema is not None:
+        if state.ema is not None and measured:
             network = state.ema.module
             _, record["ema_val_top1"] = evaluate_split(network, state.data, "val", state.augment)
             _, record["ema_test_top1"] = evaluate_split(network, state.data, "test", state.augment)
@@ -175,6 +183,9 @@ class Trainer:
         """Count and log the step that was just taken, and let everything that follows steps follow it."""
         state, every = self.state, self.state.config.sam.stats_every
         self.meter.add(logits, y, loss)
+        if state.skipped is not None:
+            state.skipped.count()
+            check_skips(state)
         if every and state.step % every == 0:
             self.log.scalars(self.step_record(float(loss)))
         state.advance()
@@ -192,13 +203,14 @@ class Trainer:
     def step_record(self, loss: float) -> dict[str, Any]:
         """The record of the step that was just taken, with what S2SAM measured in it."""
         state = self.state
-        if not math.isfinite(loss) and not state.skips_steps:
-            self.diverged(loss)
+        if not math.isfinite(loss) and state.skipped is None:
+            raise diverged(state, f"the loss is {loss}")
         lr = state.optimizer.param_groups[0]["lr"]
         record = {"kind": "step", "step": state.step, "epoch": state.epoch + 1, "loss": loss, "lr": lr}
         if isinstance(state.sharpness, S2SAM):
             record |= {k: v for k, v in state.sharpness.stats.items() if k != "step" and math.isfinite(v)}
-            record["skipped"] = state.skips()
+        if state.skipped is not None:
+            record["skipped"] = int(state.skipped.total)
         return record
 
     def last_lr(self) -> float:
@@ -207,9 +219,13 @@ class Trainer:
         return float(self.state.scheduler.base_lrs[0] * factor)
 
     def keep(self, record: dict[str, Any]) -> None:
-        """Write last.pt, and best.pt if this epoch validates best among those at the highest sparsity so far."""
+        """Write last.pt, and best.pt if this epoch validates best among those at the highest sparsity so far.
+
+        Epochs that were not measured (`evaluate_every`) are no candidates.
+        """
         names = ("epoch", "val_top1", "test_top1", "sparsity")
-        if record["val_top1"] is None or beats(record, self.state.best):
+        measured = record["test_top1"] is not None
+        if measured and (record["val_top1"] is None or beats(record, self.state.best)):
             self.state.best = {name: record[name] for name in names}
             self.save("best.pt")
         self.save("last.pt")
@@ -226,16 +242,9 @@ class Trainer:
             "record": self.record, "logs": self.log.position(),
         }  # fmt: skip
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], name: str = "this checkpoint") -> None:
         """Take back what :meth:`state_dict` holds besides the run's state, which is loaded already."""
-        self.meter.totals.copy_(saved["meter"])
+        with fitting(name):
+            self.meter.load_state_dict(saved["meter"])
+            self.timer.load_state_dict(saved["step_seconds"])
         self.watch.seconds, self.record = saved["seconds"], saved["record"]
-        self.timer.load_state_dict(saved["step_seconds"])
-
-    def diverged(self, loss: float) -> None:
-        """Raise RuntimeError: going on would only train NaN."""
-        state = self.state
-        raise RuntimeError(
-            f"training diverged: the loss is {loss} at step {state.step} (epoch {state.epoch + 1}); lower --lr (now "
-            f"{state.config.lr:g}) or give it a warm-up with --schedule.warmup-epochs"
-        )

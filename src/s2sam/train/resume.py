@@ -33,6 +33,11 @@ class Resume:
     torn: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"the checkpoint {self.path}"
+
+    @property
     def run(self) -> Path:
         """The run folder it lies in."""
         return self.path.parent.parent
@@ -49,7 +54,8 @@ def find_resume(folder: RunFolder, config: TrainConfig, resume: str, *, overwrit
         overwrite: what is in the folder may go: "auto" is then "never".
 
     Raises:
-        ValueError: there is none at that path, all are torn, or it is of a run with other settings; nothing is changed.
+        ValueError: there is none at that path, all are torn, it is of a run with other settings, or the logs that
+            belong to it are not beside it; nothing is changed.
     """
     if resume == "never" or (resume == "auto" and overwrite):
         return None
@@ -65,12 +71,17 @@ def find_resume(folder: RunFolder, config: TrainConfig, resume: str, *, overwrit
                 f"{folder.path} holds an unfinished run of its own; choose another --out, or add --overwrite"
             )
         fresh = f"give the settings of that run (--config {found.run / 'config.yaml'})"
-    different = list(differences(config.as_dict(), found.saved.get("config", {})))
+    different = list(differences(config.as_dict(), found.saved["config"]))
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
-        raise ValueError(
-            f"the checkpoint {found.path} is of a run with other settings: {shown}; {fresh}, or choose another --out"
-        )
+        raise ValueError(f"{found.name} is of a run with other settings: {shown}; {fresh}, or choose another --out")
+    for name, length in found.saved["logs"].items():
+        path = found.run / name
+        if not path.is_file() or path.stat().st_size < length:
+            raise ValueError(
+                f"{path} does not hold the records up to {found.path.name}; put the whole run folder back, or train "
+                "anew with --resume never"
+            )
     return found
 
 
@@ -88,7 +99,7 @@ def newest(folder: RunFolder) -> Resume | None:
         except TornError as error:
             torn.append(error)
             continue
-        whole.append((int(saved["step"]), path.name, Resume(path, saved)))
+        whole.append((saved["step"], path.name, Resume(path, saved)))
     if not whole:
         if torn:
             raise ValueError(f"{torn[-1]} with --resume never")
@@ -117,20 +128,9 @@ def take_over(folder: RunFolder, found: Resume) -> None:
     """Make the checkpoint the folder's last.pt; before that, bring its logs and best.pt if it is from another folder.
 
     Whenever this is interrupted, what is there can be resumed.
-
-    Raises:
-        ValueError: the logs that belong to the checkpoint are not beside it.
     """
-    positions: Mapping[str, int] = found.saved["logs"]
-    for name, length in positions.items():
-        path = found.run / name
-        if not path.is_file() or path.stat().st_size < length:
-            raise ValueError(
-                f"{path} does not hold the records up to {found.path.name}; put the whole run folder back, or train "
-                "anew with --resume never"
-            )
     if found.run.resolve() != folder.path.resolve():
-        for name in (*positions, "checkpoints/best.pt"):
+        for name in (*found.saved["logs"], "checkpoints/best.pt"):
             if (found.run / name).is_file():
                 _copy(found.run / name, folder.path / name)
     last = folder.checkpoints / "last.pt"

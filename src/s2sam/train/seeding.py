@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-PURPOSES = ("init", "data", "sparsify", "scoring")
+PURPOSES = ("init", "data", "sparsify", "scoring", "sharpness", "recalibrate")
 
 
 def derive(seed: int, purpose: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,15 @@ from s2sam.data.augment import Augment, mixup, soft_targets
 from s2sam.data.images import ImageData
 from s2sam.data.loader import Batches
 from s2sam.models import create_model
+from s2sam.sam.rho import late, like_lr, rising
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 from s2sam.sparse.base import Sparsifier
 from s2sam.train.averages import Ema
+from s2sam.train.checkpoint import fitting
 from s2sam.train.config import OptimConfig, TrainConfig
+from s2sam.train.divergence import SkippedSteps
+from s2sam.train.fast import check_compile, compile_network
 from s2sam.train.precision import check_precision, make_scaler, to_channels_last
 from s2sam.train.resume import differences
 from s2sam.train.schedule import make_scheduler
@@ -43,26 +47,27 @@ class TrainState:
     sharpness: S2SAM | SAM | None
     scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
+    skipped: SkippedSteps | None  #: None if nothing here skips a step whose gradients are not finite
     ema: Ema | None = None
     epoch: int = 0
     step: int = 0
-    skipped: float = 0.0  #: steps that S2SAM skipped before the run was resumed
     best: dict[str, Any] | None = None  #: epoch, val_top1, test_top1, sparsity of the best epoch
 
     @property
     def n_steps(self) -> int:
         """Steps of the whole run, all levels of LT included."""
-        return self.config.epochs * len(self.batches) * (1 + int(getattr(self.sparsifier, "levels", 0)))
+        return self.config.epochs * len(self.batches) * (1 if self.sparsifier is None else 1 + self.sparsifier.levels)
 
     @property
     def level(self) -> int | None:
         """Which training of an iterative method (LT) this is, or None if it is the last or the only one."""
-        level, levels = (int(getattr(self.sparsifier, name, 0)) for name in ("level", "levels"))
-        return None if level == levels else level
+        if self.sparsifier is None or self.sparsifier.level == self.sparsifier.levels:
+            return None
+        return self.sparsifier.level
 
     def next_level(self) -> bool:
         """After a training let LT prune and rewind; schedule, data order, averages begin afresh. False at the end."""
-        if self.level is None or not self.sparsifier.next_level():  # type: ignore[union-attr, operator]
+        if self.sparsifier is None or not self.sparsifier.next_level():
             return False
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"]
@@ -72,13 +77,10 @@ class TrainState:
         self.batches.generator.set_state(generator(self.config.seed, "data").get_state())
         if self.ema is not None:
             self.ema = Ema(self.model, self.config.optim.ema)
+        if self.skipped is not None:
+            self.skipped.row = 0
         self.epoch, self.best = 0, None
         return True
-
-    @property
-    def skips_steps(self) -> bool:
-        """True if a step with gradients that are not finite is skipped, so that one such step is no end."""
-        return self.sharpness is not None or self.scaler.is_enabled()
 
     def mix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """A batch after mixup, with probabilities (N, classes) for labels; as it is if there is to be none."""
@@ -89,12 +91,21 @@ class TrainState:
         return x, lam * soft_targets(a, classes) + (1 - lam) * soft_targets(b, classes)
 
     def advance(self) -> None:
-        """A step was taken, or skipped: count it, move the schedule, update the average of the weights."""
+        """A step was taken, or skipped: count it, move the schedules, update the average of the weights.
+
+        A step that a GradScaler skips never reaches the sparsifier, which is told here, so that its plan keeps to the
+        time of the run; after the last step it prunes what a skipped one has left over.
+        """
         self.step += 1
         with warnings.catch_warnings():  # torch cannot know that the scaler skipped the very first step
             if self.scaler.is_enabled():
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.scheduler.step()
+        if self.sparsifier is not None:
+            if self.sparsifier.step < self.step:
+                self.sparsifier.missed_step()
+            if self.step == self.n_steps:
+                self.sparsifier.catch_up()
         if self.ema is not None:
             self.ema.update(self.model)
 
@@ -107,11 +118,6 @@ class TrainState:
         total = sum(p.numel() for p in self.model.parameters())
         masks = {} if self.sparsifier is None else self.sparsifier.masks
         return total, total - sum(int((~mask).sum()) for mask in masks.values())
-
-    def skips(self) -> float:
-        """Steps that S2SAM has skipped since the run began."""
-        now = self.sharpness.stats["skipped"] if isinstance(self.sharpness, S2SAM) else 0.0
-        return self.skipped + now
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs, as tensors and plain values; weights are the clean ones. Take it between two steps."""
@@ -126,7 +132,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
             "ema": None if self.ema is None else self.ema.averaged.state_dict(),
-            "skipped": self.skips(),
+            "skipped": None if self.skipped is None else [int(self.skipped.total), int(self.skipped.row)],
             "batches": self.batches.state_dict(),
             "data_digest": self.data.digest,
             "rng": torch.get_rng_state(),
@@ -147,15 +153,9 @@ class TrainState:
                 f"{name} was trained on other images than those that are loaded now; give the data it was trained on, "
                 "or choose another --out"
             )
-        try:
+        with fitting(name):
             self._load(saved)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{name} does not fit this model, its masks or its optimizer ({reason}); train anew with --resume never"
-            ) from error
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-        self.skipped = saved["skipped"]
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -168,6 +168,8 @@ class TrainState:
             self.sparsifier.verify()
         if self.ema is not None:
             self.ema.averaged.load_state_dict(saved["ema"])
+        if self.skipped is not None:
+            self.skipped.total, self.skipped.row = map(int, saved["skipped"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
@@ -186,22 +188,27 @@ def build(config: TrainConfig, *, init: bool = True) -> TrainState:
     """
     device = choose_device(config.device)
     check_precision(device, config.precision)
+    check_compile(device, config.compile)
     options = config.data_options
     data = load_data(
         config.data, train_size=options.train_size, val_fraction=options.val_fraction, seed=options.split_seed,
         **options.options,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     channels, height, width = data.image_shape
     model = create_model(
         config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width),
         generator=generator(config.seed, "init"), **config.model_options,
     ).to(device)  # fmt: skip
+    if options.cutout > min(height, width):
+        raise ValueError(
+            f"data_options.cutout {options.cutout} is larger than the images of {height}x{width} pixels; lower it"
+        )
     if config.channels_last:
         model = to_channels_last(model, device)
-    augment = Augment(data.mean.to(device), data.std.to(device), options.augment, cutout=options.cutout)
+    augment = Augment(data.mean, data.std, options.augment, cutout=options.cutout)
     images = len(data.train_x)
     batches = Batches(
-        data.train_x.to(device), data.train_y.to(device), config.batch_size, generator(config.seed, "data"), augment,
+        data.train_x, data.train_y, config.batch_size, generator(config.seed, "data"), augment,
         drop_last=images > config.batch_size and images % config.batch_size == 1,  # BatchNorm cannot train on one image
     )  # fmt: skip
     optimizer = make_optimizer(model, config.optim, config.lr)
@@ -213,35 +220,55 @@ def build(config: TrainConfig, *, init: bool = True) -> TrainState:
             include=config.sparse.include, exclude=config.sparse.exclude, init=init, **config.method_options,
             **scoring_options(config, data, augment, device),
         )  # fmt: skip
+    sharpness = make_sharpness(model, optimizer, config, config.epochs * len(batches))
+    compile_network(model, config.compile)
+    scaler = make_scaler(device, config.precision)
+    skips = sharpness is not None or scaler.is_enabled()
     return TrainState(
-        config, device, data, batches, augment, model, optimizer, sparsifier,
-        make_sharpness(model, optimizer, config),
-        make_scheduler(optimizer, config.schedule, config.epochs * len(batches), len(batches)),
-        make_scaler(device, config.precision),
+        config, device, data, batches, augment, model, optimizer, sparsifier, sharpness,
+        make_scheduler(optimizer, config.schedule, config.epochs * len(batches), len(batches)), scaler,
+        SkippedSteps(optimizer) if skips else None,
         ema=Ema(model, config.optim.ema) if config.optim.ema > 0 else None,
     )  # fmt: skip
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The base optimizer over all parameters, with one weight decay for all."""
+    fused = config.fused or None  # None lets torch choose, and it chooses lists of tensors (foreach) on a GPU
     if config.name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
+        model.parameters(), lr=lr, momentum=config.momentum, weight_decay=config.weight_decay,
+        nesterov=config.nesterov, fused=fused,
+    )  # fmt: skip
 
 
-def make_sharpness(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> S2SAM | SAM | None:
-    """What `sharpness` names, attached to the optimizer."""
+def make_sharpness(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> S2SAM | SAM | None:
+    """What `sharpness` names, attached to the optimizer; a schedule of rho is over `total_steps`."""
     sam = config.sam
     if config.sharpness == "sam":
         return SAM(optimizer, model=model, rho=config.rho, scale=sam.scale)
     if config.sharpness == "s2sam":
         return S2SAM(
-            optimizer, model=model, rho=config.rho, direction=sam.direction, sign=sam.sign, scale=sam.scale,
-            stats_every=sam.stats_every,
+            optimizer, model=model, rho=radius(config, optimizer, total_steps), direction=sam.direction, sign=sam.sign,
+            scale=sam.scale, scope=sam.scope, ema_beta=sam.ema_beta, stats_every=sam.stats_every,
+            generator=generator(config.seed, "sharpness") if sam.direction == "random" else None,
         )  # fmt: skip
     return None
+
+
+def radius(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> float | Callable[[int], float]:
+    """rho, or rho times its schedule, which begins anew every `total_steps` (in each training of LT)."""
+    if config.sam.rho_schedule == "constant":
+        return config.rho
+    schedule = {
+        "late": lambda: late(total_steps, config.sam.rho_start, rho=config.rho),
+        "rising": lambda: rising(total_steps, rho=config.rho),
+        "lr": lambda: like_lr(optimizer, rho=config.rho),
+    }[config.sam.rho_schedule]()
+    return lambda step: schedule(step % total_steps)
 
 
 def choose_device(name: str) -> torch.device:

@@ -59,7 +59,7 @@ def gradients(state: TrainState, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for x_part, y_part in micro_batches(x, y, state.config.batch_size, state.config.optim.accumulate):
         with autocast(state.device, state.config.precision):
             logits = state.model(x_part)
-        logits = logits.float()
+        logits = logits.to(torch.float32, copy=True)  # the memory of a CUDA graph is the next forward's
         part = F.cross_entropy(logits, y_part, label_smoothing=smoothing)
         if len(x_part) < len(x):
             part = part * (len(x_part) / len(x))

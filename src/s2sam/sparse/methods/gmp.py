@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from s2sam.hooks import check_number
 from s2sam.sparse import scores
 from s2sam.sparse.budget import Distribution
+from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.scheduled import Scheduled, over
-from s2sam.sparse.schedules import Cubic, check_interval
+from s2sam.sparse.scheduled import Budget, Scheduled, over
+from s2sam.sparse.schedules import Cubic
 from s2sam.sparse.topk import choose
 
 
@@ -27,7 +28,7 @@ class GMPOptions:
 
     def __post_init__(self) -> None:
         check_number("initial_sparsity", self.initial_sparsity, 0.0, 1.0)
-        check_interval(self.delta_t)
+        check_whole("delta_t", self.delta_t)
         check_number("t_start", self.t_start, 0.0, 1.0)
         check_number("t_end", self.t_end, 0.0, 1.0)
 
@@ -99,13 +100,14 @@ class GMP(Scheduled):
         return choose({name: scores.magnitude(w) for name, w in self.weights.items()}, self.plan[0])
 
     def due(self, part: Part, t: int) -> bool:
-        """On the grid, and from its end on until the target is met."""
-        return (t >= self.end or t % self.options.delta_t == 0) and over(part.kept, self._budget(t))
+        """On the grid, where the plan goes down, and after it for as long as a step was missed."""
+        return over(part.kept, self.allowed(t))
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """The largest |w| of those that are left."""
         left = {name: scores.magnitude(w) for name, w in part.layers.weights.items()}
-        return choose(self.active(part, left), self._budget(t))
+        return choose(self.active(part, left), self.allowed(t))
 
-    def _budget(self, t: int) -> int | dict[str, int]:
+    def allowed(self, t: int) -> Budget:
+        """That of the last change up to `t`."""
         return self.plan[bisect_right(self.grid, t)]

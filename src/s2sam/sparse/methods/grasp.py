@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from s2sam.hooks import check_number
 from s2sam.sparse import sync
-from s2sam.sparse.saliency import BatchOptions, Saliency, add_, checked, gradients, scoring_copy
+from s2sam.sparse.saliency import Batch, BatchOptions, Saliency, add_, checked, gradients, scoring_copy
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ class GraSP(Saliency):
         with scoring_copy(model, self.weights, bn_mode=self.options.bn_mode) as (twin, weights):
             batches = list(self.read_batches(next(iter(weights.values()))))
             for batch in batches:
-                loss = self.loss(self._cooled(twin(*batch.args, **batch.kwargs)), batch.target)
+                loss = self.loss(self._cooled(twin, batch), batch.target)
                 add_(g, gradients(loss, weights), batch.size)
             sync.sum_over_ranks(g.values())
             for batch in batches:
-                loss = self.loss(self._cooled(twin(*batch.args, **batch.kwargs)), batch.target)
+                loss = self.loss(self._cooled(twin, batch), batch.target)
                 slope = gradients(loss, weights, create_graph=True)
                 flow = sum((slope[name] * g[name]).sum() for name in g)
                 assert isinstance(flow, Tensor)
@@ -63,7 +62,8 @@ class GraSP(Saliency):
         sync.sum_over_ranks(hg.values())
         return checked({name: weights[name].detach() * h for name, h in hg.items()}, self.method)
 
-    def _cooled(self, output: Any) -> Tensor:
+    def _cooled(self, twin: nn.Module, batch: Batch) -> Tensor:
+        output = self.called("the model", twin, *batch.args, **batch.kwargs)
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"method 'grasp' divides the model's output by a temperature, so it must be a tensor, not a "

@@ -13,6 +13,7 @@ from s2sam.hooks import Handle, Phase, StepContext, check_number, step_hooks
 from s2sam.sparse import scores, sync
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.budget import Distribution
+from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import unwrap
 from s2sam.sparse.topk import choose
@@ -28,9 +29,7 @@ class LTOptions:
     def __post_init__(self) -> None:
         if not 0 < check_number("rate", self.rate, 0.0, 1.0) < 1:
             raise ValueError(f"rate must be above 0 and below 1, got {self.rate!r}")
-        step = self.rewind_step
-        if isinstance(step, bool) or int(step) != step or step < 0:
-            raise ValueError(f"rewind_step must be a whole number of steps, at least 0, got {step!r}")
+        check_whole("rewind_step", self.rewind_step, 0)
 
 
 class LT(Sparsifier):
@@ -71,7 +70,7 @@ class LT(Sparsifier):
     3 3 0.4
 
     Raises:
-        ValueError: rate or rewind_step cannot be used.
+        ValueError: rate or rewind_step cannot be used; rewind_step is not below `total_steps`, if that is given.
         RuntimeError: :meth:`next_level` before step `rewind_step`.
     """
 
@@ -93,6 +92,12 @@ class LT(Sparsifier):
 
     def check_options(self) -> None:
         """Make the plan: what each level keeps."""
+        step, total = self.options.rewind_step, self.total_steps
+        if total is not None and step >= total:
+            raise ValueError(
+                f"rewind_step {step} is not inside the first training, which has {total} steps; lower it, "
+                "or train longer"
+            )
         self.budget(self.final_sparsity, self.distribution, self.power_scale)  # refuses what is not feasible
         self.sparsities = level_sparsities(self.final_sparsity, self.options.rate)
         self.levels = len(self.sparsities) - 1
@@ -165,7 +170,7 @@ class LT(Sparsifier):
 
     def _take_snapshot(self) -> None:
         at = min(part.step for part in self.parts)
-        if self.level == 0 and not self._snapshot and at == self.options.rewind_step:
+        if self.level == 0 and not self._snapshot and at >= self.options.rewind_step:  # >: that step was missed
             self._snapshot = {name: t.detach().to("cpu", copy=True) for name, t in self._tensors().items()}
 
     def _rewind(self) -> None:

@@ -12,14 +12,13 @@ from s2sam.hooks import check_number
 from s2sam.sparse import scores
 from s2sam.sparse.budget import Distribution, thin
 from s2sam.sparse.names import unknown
+from s2sam.sparse.options import check_flag, check_list, check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.scheduled import Scheduled, over
-from s2sam.sparse.schedules import check_interval
+from s2sam.sparse.scheduled import Budget, Scheduled, over
 from s2sam.sparse.topk import choose
 
 VARIANTS = ("em", "em_s")
 Bounds = tuple[float, ...] | None
-Budget = int | dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,17 @@ class MESTOptions:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise unknown("variant of method 'mest':", str(self.variant), VARIANTS)
-        check_interval(self.delta_t)
+        check_whole("delta_t", self.delta_t)
         check_number("grad_weight", self.grad_weight, 0.0)
         for name in ("phases", "lower", "upper"):
             given = getattr(self, name)
-            if given is not None:  # a recipe holds lists
+            if given is not None or name == "phases":
+                check_list(name, given, "[0.5, 0.75]" if name == "phases" else "[0.92, 0.91, 0.9]")
                 object.__setattr__(self, name, tuple(check_number(name, value, 0.0, 1.0) for value in given))
-        if not self.phases or any(b <= a for a, b in pairwise(self.phases)):
-            raise ValueError(f"phases must be rising shares of the training, at least one, got {self.phases}")
+        check_flag("regrow_dropped", self.regrow_dropped)
+        check_flag("mest_compat", self.mest_compat)
+        if any(b <= a for a, b in pairwise(self.phases)):
+            raise ValueError(f"phases must be rising shares of the training, got {self.phases}")
 
 
 def bounds(variant: str, sparsity: float, phases: int) -> tuple[list[float], list[float]]:
@@ -143,10 +145,13 @@ class MEST(Scheduled):
         return choose({name: scores.magnitude(w) for name, w in self.weights.items()}, self.upper[self.phase(0)])
 
     def due(self, part: Part, t: int) -> bool:
-        """On the grid while there is something to exchange; in the last phase until the target is met."""
-        if self.phase(t) == len(self.edges):
-            return over(part.kept, self.upper[-1])
-        return t % self.options.delta_t == 0 and over(part.kept, self._keep(part, t))
+        """On the grid while there is something to exchange, and wherever more is active than the upper bound."""
+        exchange = t % self.options.delta_t == 0 and over(part.kept, self._keep(part, t))
+        return exchange or over(part.kept, self.allowed(t))
+
+    def allowed(self, t: int) -> Budget:
+        """The upper bound."""
+        return self.upper[self.phase(t)]
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """What is kept, and random others."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from s2sam.sparse import scores
+from s2sam.sparse.drop_grow import check_annealed
 from s2sam.sparse.methods.set import SET, SETOptions
 from s2sam.sparse.part import Part
 from s2sam.sparse.schedules import CosineDrop
@@ -21,8 +22,7 @@ class RigLOptions(SETOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.t_end:
-            raise ValueError(f"method 'rigl' needs a t_end above 0 and up to 1, got {self.t_end!r}")
+        check_annealed("rigl", self)
 
 
 class RigL(SET):

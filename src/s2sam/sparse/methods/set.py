@@ -11,6 +11,7 @@ from torch import Tensor
 from s2sam.sparse import scores
 from s2sam.sparse.drop_grow import DropGrow, DropGrowOptions
 from s2sam.sparse.masks import counts
+from s2sam.sparse.options import check_flag
 from s2sam.sparse.part import Part
 from s2sam.sparse.topk import topk_mask
 
@@ -20,6 +21,10 @@ class SETOptions(DropGrowOptions):
     """`sign_split`: drop by sign, as the original does."""
 
     sign_split: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("sign_split", self.sign_split)
 
 
 class SET(DropGrow):

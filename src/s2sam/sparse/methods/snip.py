@@ -39,7 +39,7 @@ class SNIP(Saliency):
         total: dict[str, Tensor] = {}
         with scoring_copy(model, self.weights, bn_mode=self.options.bn_mode) as (twin, weights):
             for batch in self.read_batches(next(iter(weights.values()))):
-                loss = self.loss(twin(*batch.args, **batch.kwargs), batch.target)
+                loss = self.loss(self.called("the model", twin, *batch.args, **batch.kwargs), batch.target)
                 add_(total, gradients(loss, weights), batch.size)
         sync.sum_over_ranks(total.values())
         return checked({name: (weights[name].detach() * g).abs() for name, g in total.items()}, self.method)

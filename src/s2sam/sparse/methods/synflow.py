@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from s2sam.sparse.budget import Distribution
-from s2sam.sparse.saliency import Batch, Saliency, SaliencyOptions, check_whole, checked, gradients, scoring_copy
+from s2sam.sparse.options import check_list, check_whole
+from s2sam.sparse.saliency import Batch, Saliency, SaliencyOptions, checked, gradients, scoring_copy
 from s2sam.sparse.topk import choose
 
 
@@ -25,8 +26,7 @@ class SynFlowOptions(SaliencyOptions):
         super().__post_init__()
         check_whole("rounds", self.rounds)
         if self.input_shape is not None:
-            if isinstance(self.input_shape, (str, int)) or not self.input_shape:
-                raise ValueError(f"input_shape must be like (3, 32, 32), got {self.input_shape!r}")
+            check_list("input_shape", self.input_shape, "(3, 32, 32)")
             for side in self.input_shape:
                 check_whole("each number of input_shape", side)
 
@@ -82,7 +82,8 @@ class SynFlow(Saliency):
     def flow(self, twin: nn.Module, weights: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
         """S at the weights that `twin` has now."""
         some = next(iter(weights.values()))
-        output = twin(torch.ones(1, *shape, dtype=some.dtype, device=some.device))
+        ones = torch.ones(1, *shape, dtype=some.dtype, device=some.device)
+        output = self.called("the model", twin, ones)
         if not isinstance(output, Tensor):
             raise ValueError(f"method 'synflow' sums the model's output, which is a {type(output).__name__}, no tensor")
         slope = gradients(output.sum(), weights)

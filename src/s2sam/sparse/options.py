@@ -1,0 +1,29 @@
+"""Checks of what a user gives as an option: each raises ValueError with one sentence that names it."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`.
+
+    >>> check_whole("delta_t", 1.5)
+    Traceback (most recent call last):
+    ValueError: delta_t must be a whole number of at least 1, got 1.5
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False; a text such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def check_list(name: str, value: Any, example: str) -> None:
+    """Raise ValueError unless `value` is a list or a tuple that holds something."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name} must be a list such as {example}, got {value!r}")
