@@ -155,6 +155,13 @@ _METHODS = (
         flops="rigl",
     ),
     MethodInfo(
+        "deepr",
+        "s2sam.sparse.methods.deepr:DeepR",
+        "Bellec et al. 2018, arXiv:1711.05136",
+        "dynamic",
+        {"l1": 1e-5, "temperature": (1e-5, 1e-8, 1e-12, 1e-15), "delta_t": 1},
+    ),
+    MethodInfo(
         "dsr",
         "s2sam.sparse.methods.dsr:DSR",
         "Mostafa and Wang 2019, arXiv:1902.05967",
@@ -167,6 +174,14 @@ _METHODS = (
         "Dettmers and Zettlemoyer 2019, arXiv:1907.04840",
         "dynamic",
         {"drop_fraction": 0.5, "delta_t": 100, "t_end": 1.0, "regrow_dropped": True, "beta": 0.9},
+        flops="dense_gradient",
+    ),
+    MethodInfo(
+        "top-kast",
+        "s2sam.sparse.methods.topkast:TopKAST",
+        "Jayakumar et al. 2020, arXiv:2106.03517",
+        "dynamic",
+        {"backward_sparsity": None, "delta_t": 1, "momentum": 0.9},
         flops="dense_gradient",
     ),
     MethodInfo(

@@ -16,6 +16,7 @@ from s2sam.analysis.flops import (
 )
 from s2sam.models import create_model
 from s2sam.registry import list_methods
+from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.budget import densities
 
 
@@ -252,10 +253,11 @@ def test_bad_topologies(topology: list) -> None:
 def test_every_method_is_counted_by_the_rule_of_its_row(row):
     assert row.flops in TRAINING_RULES
     assert row.flops != "dense"
-    assert method_flops(row.name, 10, 100, sharpness="sam") == 2 * 30 + (90 / 101 if row.name == "rigl" else 0)
-    looks = row.load().placement == "replace"  # grows by dense gradients, in steps that it takes for that
-    assert (row.flops == "rigl") is looks
-    assert ("delta_t" in row.defaults) or not looks
+    dense = {"sparse": 0, "rigl": 90 / (row.defaults.get("delta_t", 0) + 1), "dense_gradient": 90}[row.flops]
+    assert method_flops(row.name, 10, 100, sharpness="sam") == pytest.approx(2 * 30 + dense)
+    cls = row.load()  # which grows by dense gradients: of a step that it takes for that, or that it looks at
+    assert (row.flops != "sparse") is (cls.placement == "replace" or cls.look is not Sparsifier.look)
+    assert ("delta_t" in row.defaults) or row.flops != "rigl"
 
 
 def test_rules_follow_the_options_and_names_are_checked():

@@ -67,6 +67,8 @@ def attach(
         options |= {"initial_sparsity": kw.get("sparsity", 0.7) / 2, "t_start": 0.0, "t_end": 0.2}
     if info.name == "dsr":
         options |= {"threshold": 0.1}
+    if info.name == "deepr":
+        options |= {"l1": 0.3}
     if info.load().needs_batches:
         kw = {"batches": make_batches(2), "loss_fn": loss_fn} | kw
     sparsifier = sparsify(
@@ -90,6 +92,28 @@ def golden(mask: list[int], weights: list[float], method: str, **options: Any) -
         layer.weight.copy_(torch.tensor(weights).view(3, 4))
     set_masks(sparsifier, {"weight": torch.tensor(mask, dtype=torch.bool).view(3, 4)})
     return layer, optimizer, sparsifier
+
+
+def golden_pair(
+    masks: dict[str, list[int]], weights: dict[str, list[float]], method: str, **options: Any
+) -> tuple[nn.ModuleDict, Any, Sparsifier]:
+    """Two layers Linear(4, 3), "a" and "b", as :func:`golden` has one."""
+    net = nn.ModuleDict({name: nn.Linear(4, 3, bias=False) for name in ("a", "b")})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    sparsifier = sparsify(net, optimizer, method=method, sparsity=0.5, generator=generator(), **options)
+    with torch.no_grad():
+        for name, values in weights.items():
+            net.get_parameter(f"{name}.weight").copy_(torch.tensor(values).view(3, 4))
+    set_masks(sparsifier, {f"{name}.weight": torch.tensor(m).bool().view(3, 4) for name, m in masks.items()})
+    return net, optimizer, sparsifier
+
+
+def step_by(net: nn.Module, optimizer: Optimizer, *grads: list[float]) -> None:
+    """A step with these gradients, one list for each parameter; zeros where there are none."""
+    for i, p in enumerate(net.parameters()):
+        given = grads[i] if i < len(grads) else []
+        p.grad = torch.tensor([*given, *[0.0] * (p.numel() - len(given))]).view(p.shape)
+    optimizer.step()
 
 
 def set_masks(sparsifier: Sparsifier, masks: dict[str, Tensor]) -> None:

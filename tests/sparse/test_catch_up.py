@@ -15,6 +15,7 @@ from sparse_support import copy_masks, generator, make_batches, make_net, one_st
 
 OPTIONS = {
     "gmp": {"method": "gmp", "delta_t": 4, "t_start": 0.0, "t_end": 0.8},
+    "granet": {"method": "granet", "delta_t": 4, "t_start": 0.0, "t_end": 0.8},
     "mest": {"method": "mest", "variant": "em_s", "delta_t": 4, "phases": (0.5, 0.8)},
 }
 
@@ -49,7 +50,7 @@ def test_a_missed_step_counts_and_the_next_one_prunes(method, missed):
 
 @pytest.mark.parametrize("method", OPTIONS)
 def test_what_the_last_step_missed_is_pruned_at_the_end(method):
-    kw = {"t_end": 1.0} if method == "gmp" else {"phases": (0.5, 1.0)}
+    kw = {"phases": (0.5, 1.0)} if method == "mest" else {"t_end": 1.0}
     net, optimizer, sparsifier = make(method, **kw)
     for batch in make_batches(9):
         one_step(net, optimizer, batch)

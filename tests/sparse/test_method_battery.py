@@ -53,7 +53,8 @@ def test_pruned_means_exactly_zero_after_every_step(info, optimizer):
         for name, w in net.named_parameters():
             mask = sparsifier.masks[name]
             assert w[~mask].abs().sum() == 0
-            assert w[mask & ~old[name]].abs().sum() == 0, "a grown weight starts at 0"
+            if info.name != "top-kast":  # whose grown weights were trained outside the network
+                assert w[mask & ~old[name]].abs().sum() == 0, "a grown weight starts at 0"
             assert w.grad[~(mask & old[name])].abs().sum() == 0
             if not info.dense_state:
                 assert all(s[~(mask & old[name])].abs().sum() == 0 for s in shaped_states(optimizer, w))

@@ -88,13 +88,13 @@ def test_one_seed_has_no_interval_and_says_so(small, plan_of, table_of):
 
 
 def test_missing_rows_stay_in_the_table(small, plan_of, table_of):
-    small["rows"]["DSR"] = {"method": "dsr"}
-    table = table_of(plan_of(small | {"planned": ["dsr"]}))
-    assert "Missing: the method dsr does not exist here yet." in to_markdown(table)
-    line = next(line for line in to_markdown(table).splitlines() if line.startswith("| DSR"))
+    small["rows"]["Chase"] = {"method": "chase"}
+    table = table_of(plan_of(small | {"planned": ["chase"]}))
+    assert "Missing: the method chase does not exist here yet." in to_markdown(table)
+    line = next(line for line in to_markdown(table).splitlines() if line.startswith("| Chase"))
     assert line.count("missing") == 2
-    assert "the method dsr does not exist here yet" in cells_csv(table)
-    assert 'class="absent" title="missing: the method dsr' in render(table)
+    assert "the method chase does not exist here yet" in cells_csv(table)
+    assert 'class="absent" title="missing: the method chase' in render(table)
     assert len(list(to_rich(table))) == 1
 
 

@@ -67,6 +67,6 @@ def test_a_round_holds_a_change_of_the_topology(small, plan_of):
 
 
 def test_missing_cells_are_not_measured(speed, plan_of, console):
-    speed["rows"] = {"DSR": {"method": "dsr"}}
-    table = run_plan(plan_of(speed | {"planned": ["dsr"]}), console=console)
-    assert {entry.state for entry in table.entries} == {"missing: the method dsr does not exist here yet"}
+    speed["rows"] = {"Chase": {"method": "chase"}}
+    table = run_plan(plan_of(speed | {"planned": ["chase"]}), console=console)
+    assert {entry.state for entry in table.entries} == {"missing: the method chase does not exist here yet"}

@@ -1,7 +1,6 @@
 """Sparsifier: keeps chosen weights of a model at exactly 0 while an unchanged optimizer trains the rest.
 
-What happens in a step is told in `part.py`. A method subclasses :class:`Sparsifier` (or `DropGrow`) and says how it
-differs:
+What happens in a step is told in `part.py`. A method is a subclass, of `DropGrow` perhaps, that says how it differs:
 
     initial_scores   which weights are active at first: the largest scores, as many as the budget gives the layer
     due              whether step t changes the topology (never, by default)
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import WeakHook, check_optimizers, step_hooks
+from s2sam.hooks import StepContext, WeakHook, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
 from s2sam.sparse.budget import Distribution, counts, descend
 from s2sam.sparse.masks import counts as count_true
@@ -128,8 +127,8 @@ class Sparsifier:
             part.attach()
         self._handles: list[Any] = []
         for m in model.modules():
-            load = m.register_load_state_dict_pre_hook(WeakHook(_weights_loaded, self, m))  # type: ignore[no-untyped-call]
-            self._handles.append(load)
+            load = WeakHook(_weights_loaded, self, m)
+            self._handles.append(m.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
 
     # -- what a method overrides ------------------------------------------------------------------------------------
 
@@ -158,6 +157,9 @@ class Sparsifier:
 
     def look(self, part: Part) -> None:
         """See the gradients of the step to come, before those of pruned weights become 0. Default: nothing."""
+
+    def moved(self, part: Part, context: StepContext) -> None:
+        """Do more to the weights after the optimizer's step, before pruned ones become 0. Default: nothing."""
 
     def extra_state(self) -> dict[str, Any]:
         """More to save: tensors, numbers, strings and containers of them."""

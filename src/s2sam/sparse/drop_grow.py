@@ -41,10 +41,10 @@ class DropGrowOptions:
         check_flag("regrow_dropped", self.regrow_dropped)
 
 
-def check_annealed(method: str, options: DropGrowOptions) -> None:
-    """Raise ValueError unless the share has an end to fall to."""
-    if not options.t_end:
-        raise ValueError(f"method {method!r} needs a t_end above 0 and up to 1, got {options.t_end!r}")
+def check_annealed(t_end: float | None) -> None:
+    """Raise ValueError unless the share of weights to exchange has an end to fall to."""
+    if not t_end:
+        raise ValueError(f"a drop_fraction that falls needs a t_end above 0 and up to 1, got {t_end!r}")
 
 
 class DropGrow(Sparsifier):

@@ -3,7 +3,8 @@
     MASK      the method looks at the gradients, then those of pruned weights become 0; but if this step changes the
               topology in place of moving the weights (RigL), they stay dense, as growth scores, and the step is
               announced as replaced
-    REMASK    weights and optimizer state of pruned positions become 0, whatever the optimizer did to them
+    REMASK    the method may move the weights further; then weights and optimizer state of pruned positions become 0,
+              whatever the optimizer did to them
     TOPOLOGY  the masks change; at dropped and grown positions weight, state and gradient become 0, so that whoever
               reads the gradient afterwards (S2SAM's direction) sees the new mask with grown positions at 0
 
@@ -12,8 +13,8 @@ A change that is due in a step whose gradients are not finite does not happen, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,12 @@ class Part:
         self.layers.follow_device()
         self.layers.apply_to_gradients()
 
+    def in_groups(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, weight and the optimizer's group of each layer."""
+        names = {id(weight): name for name, weight in self.layers.weights.items()}
+        for group in self.optimizer.param_groups:
+            yield from ((names[id(p)], p, group) for p in group["params"] if id(p) in names)
+
     @torch.no_grad()
     def show_gradients(self) -> None:
         """Let the method look at the gradients, before :meth:`mask_gradients` takes those of pruned weights away."""
@@ -107,6 +114,7 @@ class Part:
         self._shown = False
 
     def _remask(self, context: StepContext) -> None:
+        self.owner.moved(self, context)
         self.apply()
         self.step += 1
 

@@ -116,7 +116,7 @@ def run_here(configs: Mapping[str, TrainConfig], jobs: int, *, fresh: bool = Fal
         return
     context = multiprocessing.get_context("spawn")
     strangers = set(multiprocessing.active_children())
-    with _terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_ignore_interrupts) as pool:
+    with terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_ignore_interrupts) as pool:
         names: dict[Future[Outcome], str] = {
             pool.submit(_train_in_worker, name, config, fresh): name for name, config in configs.items()
         }
@@ -180,7 +180,7 @@ def _interrupts_save() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Within the block SIGTERM is an exception, so that the processes of the pool are ended in order as well."""
     if threading.current_thread() is not threading.main_thread():
         yield

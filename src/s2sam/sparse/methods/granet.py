@@ -47,15 +47,15 @@ class GraNet(GrowByGradient, GMP):
     s_t: the cubic curve of GMP from s_i to s_f;  f_t = f_end + (f - f_end) / 2 (1 + cos(pi t / T))
     exchange:  drop the f_t n smallest |w| of a layer's n, grow as many where |dL/dw| is largest among those not kept
 
-    After the optimizer's step, with its gradients. The exchange goes on when pruning has ended. The mask at the start is
-    random, spread by `distribution`; from then on |w| decides what each layer keeps, at least one weight.
+    After the optimizer's step, with its gradients. The exchange goes on when pruning has ended. The mask at the start
+    is random, spread by `distribution`; from then on |w| decides what each layer keeps, at least one weight.
 
     Differs from Shiweiliuiiiiiii/GraNet:CIFAR/sparselearning/core.py in exact counts (there what ties at the threshold
     is lost), and a weight that is dropped and grown at once keeps its value. s_i = 0 is its dense-to-sparse variant.
 
     Defaults are for CIFAR (160 epochs, pruning for 110). ImageNet: delta_t=4000, t_end=0.3.
 
-    Cost: the masks alone; a change ranks all layers together, and each layer twice. Denser than the target before t_end.
+    Cost: the masks alone; a change ranks all layers together, and each layer twice. Denser than its target up to t_end.
 
     Raises:
         ValueError: no total_steps, more than one optimizer, a distribution that fixes layers; as GMP.

@@ -22,7 +22,7 @@ class SETITOPOptions(SETOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_annealed("set-itop", self)
+        check_annealed(self.t_end)
         check_number("drop_end", self.drop_end, 0.0, 1.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class RigLOptions(SETOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_annealed("rigl", self)
+        check_annealed(self.t_end)
 
 
 class RigL(SET):
@@ -34,7 +35,7 @@ class RigL(SET):
     """
 
     method = "rigl"
-    placement = "replace"
+    placement: ClassVar[Literal["after", "replace"]] = "replace"
     Options = RigLOptions
     options: RigLOptions
 

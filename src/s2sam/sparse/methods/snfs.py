@@ -27,7 +27,7 @@ class SNFSOptions(DropGrowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_annealed("snfs", self)
+        check_annealed(self.t_end)
         check_number("beta", self.beta, 0.0, 1.0)
 
 

@@ -1,0 +1,119 @@
+"""DeepR: connections with a fixed sign that die when they would cross 0 (Bellec et al. 2018, arXiv:1711.05136)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2sam.hooks import StepContext, check_number
+from s2sam.sparse import scores
+from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.drop_grow import add
+from s2sam.sparse.masks import counts, pack_bits, unpack_bits
+from s2sam.sparse.options import check_list, check_whole
+from s2sam.sparse.part import Part
+from s2sam.sparse.topk import topk_mask
+
+
+@dataclass(frozen=True)
+class DeepROptions:
+    """`l1`: alpha. `temperature`: T in equal parts of the training, in turn. `delta_t`: steps between draws."""
+
+    l1: float = 1e-5
+    temperature: tuple[float, ...] = (1e-5, 1e-8, 1e-12, 1e-15)
+    delta_t: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("l1", self.l1)
+        check_list("temperature", self.temperature, "[1e-5, 1e-8]")
+        object.__setattr__(self, "temperature", tuple(check_number("temperature", t) for t in self.temperature))
+        check_whole("delta_t", self.delta_t)
+
+
+class DeepR(Sparsifier):
+    """A weight that reaches 0 gives its place to a random dormant one of its layer; noise and L1 move the active ones.
+
+    w = s theta, s = +-1 fixed;   theta <- theta - lr dL/dtheta - lr alpha + sqrt(2 lr T) nu, nu ~ N(0, 1), where active
+    theta < 0: the connection dies, and as many others of the layer are activated at random, from 0
+
+    The first term is the optimizer's own step; the rest follows it. s is the sign of the weight after the first step;
+    where it is 0, random. In every step a weight that would cross 0 becomes 0; every `delta_t` steps those that are 0
+    give up their places (1 is the paper's; with more a weight at 0 can come back by its own gradient). Nothing is drawn
+    that was active, and a layer with too few dormant ones keeps the others. Set the optimizer's weight decay to 0, as
+    the authors do: L1 takes its place.
+
+    guillaumeBellec/deep_rewiring:script_mnist_deep_rewiring.py; noise and its T as in TimDettmers/sparse_learning
+    (Intel's code), where new connections take the sign of their first step. Differs from both in that grown weights are
+    0, not 1e-12, and that momentum is cleared where the mask changes.
+
+    Defaults are for CIFAR and ImageNet alike. Cost: one byte per weight for s; a step draws a number per active weight
+    if T > 0, and with delta_t=1 ranks each layer twice and reads the device.
+
+    Raises:
+        ValueError: several temperatures and no total_steps.
+    """
+
+    method = "deepr"
+    Options = DeepROptions
+    options: DeepROptions
+
+    def check_options(self) -> None:
+        """A share of the training needs its length. No signs so far."""
+        if len(self.options.temperature) > 1 and self.total_steps is None:
+            raise ValueError("method 'deepr' lowers its temperature over the training; give total_steps, or one value")
+        self.signs: dict[str, Tensor] = {}  #: True = positive
+
+    def temperature(self, t: int) -> float:
+        """T in step `t`."""
+        values = self.options.temperature
+        return values[min((t - 1) * len(values) // (self.total_steps or 1), len(values) - 1)]
+
+    def moved(self, part: Part, context: StepContext) -> None:
+        """L1, noise, and 0 for what crosses it; nothing where the step was skipped."""
+        if context.nothing_moved():
+            return
+        for name, _, group in part.in_groups():
+            self._move(part, name, group["lr"], self.temperature(part.step + 1))
+
+    def due(self, part: Part, t: int) -> bool:
+        """Every `delta_t` steps."""
+        return t % self.options.delta_t == 0
+
+    def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
+        """What is not 0, and random others."""
+        masks, weights = part.layers.masks, part.layers.weights
+        alive = counts({name: mask & (weights[name] != 0) for name, mask in masks.items()})
+        changed = {}
+        for name, mask in masks.items():
+            n = min(part.kept[name] - alive[name], mask.numel() - part.kept[name])
+            draw = scores.random(weights[name], self.generator)
+            if n:
+                size = (weights[name] != 0).float().masked_fill(~mask, -torch.inf)
+                changed[name] = add(topk_mask(size, part.kept[name] - n, check=False), draw, n, taken=mask)
+        return changed
+
+    def extra_state(self) -> dict[str, Any]:
+        """The signs, as bits."""
+        return {"signs": {name: pack_bits(sign) for name, sign in self.signs.items()}}
+
+    def load_extra_state(self, extra: Mapping[str, Any]) -> None:
+        """The signs."""
+        shapes = {name: w.shape for name, w in self.weights.items()}
+        self.signs = {name: unpack_bits(bits, shapes[name]) for name, bits in extra["signs"].items()}
+
+    def _move(self, part: Part, name: str, lr: float | Tensor, temperature: float) -> None:
+        weight, mask = part.layers.weights[name], part.layers.masks[name]
+        if name not in self.signs:
+            self.signs[name] = torch.where(weight == 0, scores.random(weight, self.generator) < 0.5, weight > 0)
+        sign = self.signs[name] = self.signs[name].to(weight.device)
+        theta = torch.where(sign, weight, -weight).sub_(lr * self.options.l1)
+        if temperature:
+            noise = torch.randn(part.kept[name], generator=self.generator).to(weight)
+            noise = torch.zeros_like(weight).masked_scatter_(mask, noise)
+            theta += noise * (2 * lr * temperature) ** 0.5
+        theta.clamp_(min=0).mul_(mask)
+        weight.copy_(torch.where(sign, theta, -theta))
