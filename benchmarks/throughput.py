@@ -148,7 +148,9 @@ def measure(name: str, data: dict[str, Any], options: argparse.Namespace, folder
         "plain": plain_epoch(name, data, options, device, clock),
     }
     for contestant in TRAINERS:
-        works[contestant] = trainer_epoch(run_config(name, contestant, options, folder), folder / f"{name}-{contestant}")
+        works[contestant] = trainer_epoch(
+            run_config(name, contestant, options, folder), folder / f"{name}-{contestant}"
+        )
     for work in works.values():
         work()  # warm-up: allocations, workers, kernels
     seconds = interleaved(works, options.rounds)
@@ -192,7 +194,9 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, throughput_ or packing_<hardware>.json")
+    parser.add_argument(
+        "--out", type=Path, help="default: in benchmarks/results, throughput_ or packing_<hardware>.json"
+    )
     parser.add_argument("--quick", action="store_true", help="narrow networks, 2 rounds, for a smoke test")
     options = parser.parse_args(argv)
     if options.quick:
@@ -276,7 +280,7 @@ def report(result: dict[str, Any]) -> None:
                 f"{name} {contestant:<20} {speed['value']:9.1f} images/s  {ratio['value']:.3f} [{low:.3f}, {high:.3f}]"
             )
     for bar in result["bars"]:
-        word = {True: "holds", False: "FAILS", None: "no bar"}[bar["holds"]]
+        word = {True: "holds", False: "FAILS", None: "not judged"}[bar["holds"]]
         print(f"{word}  {bar['bar']}: {bar['value']:.3f} (limit {bar['limit']})")
 
 

@@ -98,20 +98,23 @@ def test_the_bars_depend_on_the_device(options, device, network, batch, bars):
 
 def test_the_goal_of_a_packed_run_is_for_a_gpu_and_the_wide_network():
     found = {"gain": {"value": 0.99, "interval": [0.9, 1.1], "n": 2}, "full_run": _packed.full_run(80_000.0, 4)}
+    found["machine_was_alone"] = True
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 2, found, cuda)] == [False, True]
     assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 1, found, cuda)] == [False]
     assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 2, found, cpu)] == [False]
+    found["machine_was_alone"] = False
+    assert [bar["holds"] for bar in _packed.judge_packed("resnet32", 2, found, cuda)] == [None, True]
 
 
 def test_packed_trainers_are_processes_that_train_at_the_same_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # that of this process
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     out = tmp_path / "result.json"
     throughput.main(["--quick", "--packed", "2", "--fused", "--out", str(out)])
     result = json.loads(out.read_text())
     row = result["networks"]["resnet20"]
-    assert (row["processes"], row["threads_of_each"], row["threads_of_single"]) == (2, 1, 2)
+    assert (row["processes"], row["threads_of_each"], row["threads_of_single"]) == (2, 1, 1)
     one, both = (row["images_per_second"][key]["value"] for key in ("single", "packed"))
     assert one > 0 and both > 0 and row["gain"]["n"] == 2
     assert row["full_run"]["seconds_of_all"] == pytest.approx(2 * row["full_run"]["seconds_per_run"], rel=1e-3)
@@ -119,6 +122,25 @@ def test_packed_trainers_are_processes_that_train_at_the_same_time(tmp_path, cap
     assert result["settings"]["packed"] == 2
     assert isinstance(row["machine_was_alone"], bool) or not hasattr(os, "getloadavg")
     assert "packed / single, resnet20" in capsys.readouterr().out
+
+
+def test_packed_trainers_share_the_threads(monkeypatch, tmp_path):
+    made, closed = [], []
+
+    class Noted(_packed.Team):
+        def __init__(self, config, count, threads, folder):
+            made.append((count, threads))
+            self.members = []
+
+        def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(_packed, "Team", Noted)
+    with pytest.raises(KeyError), _packed.teams(TrainConfig(), 3, 8, tmp_path) as both:
+        assert list(both) == ["single", "packed"]
+        raise KeyError
+    assert made == [(1, 8), (3, 2)]
+    assert len(closed) == 2
 
 
 def test_a_packed_trainer_that_ends_is_an_error(tmp_path):

@@ -66,7 +66,7 @@ def test_a_compiled_network_takes_the_same_steps(mode, sharpness):
         state = build(dataclasses.replace(config, compile=compiled))
         state.model.train()
         losses.append([])
-        for x, y in [batch for batch in state.batches][:8]:
+        for x, y in list(state.batches)[:8]:
             losses[-1].append(float(train_step(state, x, y)[1]))
             state.advance()
         state.sparsifier.verify()

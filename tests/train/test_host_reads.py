@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -40,6 +41,15 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.reads, self.transfers = 0, 0
 
+    def counted(self, method):
+        """The method of a tensor, counted as a read."""
+
+        def call(tensor, *args, **options):
+            self.reads += 1
+            return method(tensor, *args, **options)
+
+        return call
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.partition(".")[0]
         self.reads += name in READS
@@ -54,12 +64,7 @@ def reads_by_step(config, monkeypatch, folder):
     """How often the host reads in each step of an epoch, from one end of :meth:`Trainer.after_step` to the next."""
     counter, ends = Counter(), []
     for name in ("tolist", "numpy", "cpu"):  # on a CPU these are no operations
-
-        def counted(tensor, *args, _method=getattr(torch.Tensor, name), **options):
-            counter.reads += 1
-            return _method(tensor, *args, **options)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
+        monkeypatch.setattr(torch.Tensor, name, counter.counted(getattr(torch.Tensor, name)))
     trainer = Trainer(build(config), Loggers([]), RunFolder(folder))
     after_step = trainer.after_step
 
@@ -72,7 +77,7 @@ def reads_by_step(config, monkeypatch, folder):
         trainer.epoch()
     assert trainer.state.step == len(ends) == 10
     assert counter.reads > ends[-1]  # the end of an epoch is read, and the counter sees it
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]  # steps 2 to 10
+    return [b - a for a, b in itertools.pairwise(ends)]  # steps 2 to 10
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -89,6 +94,12 @@ def test_a_step_reads_what_the_contract_says(monkeypatch, tmp_path, method, shar
     assert set(quiet) == {finite}, reads
     if method == "rigl":
         assert all(n > finite for step, n in enumerate(reads, start=2) if step % DELTA_T == 0)  # a change is logged
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_gradients_are_looked_at_by_the_host(monkeypatch, tmp_path, fused):
+    config = dataclasses.replace(TINY, method="static", sharpness="sam", optim=OptimConfig(fused=fused))
+    assert set(reads_by_step(config, monkeypatch, tmp_path)) == {2}
 
 
 def test_records_are_read_when_they_are_due(monkeypatch, tmp_path):
@@ -165,7 +176,9 @@ def steps(state, poison=()):
 @pytest.mark.parametrize(("method", "sharpness"), [("dense", "none"), ("rigl", "s2sam"), ("static", "sam")])
 def test_the_fused_step_is_the_same_step(name, method, sharpness):
     optim = OptimConfig(name=name, clip_norm=1.0)
-    config = dataclasses.replace(TINY, method=method, sharpness=sharpness, optim=optim, lr=0.1 if name == "sgd" else 1e-3)
+    config = dataclasses.replace(
+        TINY, method=method, sharpness=sharpness, optim=optim, lr=0.1 if name == "sgd" else 1e-3
+    )
     states = [steps(build(dataclasses.replace(config, optim=dataclasses.replace(optim, fused=f)))) for f in (0, 1)]
     assert states[1].optimizer.param_groups[0]["fused"]
     torch.testing.assert_close(weights(states[0]), weights(states[1]), atol=1e-5, rtol=1e-4)

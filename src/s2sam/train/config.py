@@ -231,8 +231,8 @@ class TrainConfig:
         device: auto, cpu or cuda.
         precision: of forward and backward: fp32, bf16 or fp16; weights and optimizer state are fp32 always.
         channels_last: keep images and convolutions in this memory format, which is faster on some devices.
-        compile: torch.compile of the network in training: none, default, reduce-overhead (with CUDA graphs: the quickest
-            for small networks on a GPU) or max-autotune (these, and kernels tried out one by one; minutes to compile).
+        compile: torch.compile of the network in training: none, default, reduce-overhead (with CUDA graphs, meant for
+            small networks on a GPU) or max-autotune (these, and kernels tried out one by one; minutes to compile).
         evaluate_every: epochs between evaluations on validation and test images; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; 0 = one at the end of every epoch only.
         sam: how the weights are displaced.
