@@ -25,7 +25,7 @@ from s2sam.sparse.names import unknown
 
 #: errors of a disk that takes no more: full, over its quota, or a file of more than the size that is allowed
 FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
-VERBS = ("train", "eval", "list", "data", "config", "report", "demo", "table", "doctor")
+VERBS = ("train", "eval", "list", "data", "config", "report", "surface", "bound", "demo", "table", "doctor")
 USAGE = """usage: s2sam VERB [options]
 
 Sparse training that generalises, at the price of plain SGD.

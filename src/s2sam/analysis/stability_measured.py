@@ -1,0 +1,119 @@
+"""The same critical curvature, measured: the optimizers themselves on a quadratic, and which deviations grow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from s2sam.analysis.stability import Array, Method, Setting, first_unstable
+from s2sam.sam.single_step import S2SAM
+from s2sam.sam.two_step import SAM
+
+FAR = 1e6  #: a weight that began at 1 and comes this far has diverged
+
+
+def measured_critical_curvature(method: Method, setting: Setting, *, steps: int = 900, points: int = 129) -> float:
+    """The lowest curvature at which the real optimizer is unstable, found without the polynomial, to 0.05 %.
+
+    Raises:
+        ValueError: momentum or beta above 0.99, which need more steps than these to show whether they are stable.
+
+    Cost: 2 or 3 runs of `steps` steps.
+    """
+    check_measurable(setting)
+    return first_unstable(lambda h: grows(method, h, setting, steps=steps), setting, points=points, within=1e-3)
+
+
+def check_measurable(setting: Setting) -> None:
+    """Raise ValueError if deviations change too slowly for the number of steps."""
+    if max(setting.momentum, setting.beta) > 0.99:
+        raise ValueError("the stability boundary is measured for momentum and beta of at most 0.99; choose a lower one")
+
+
+def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 900) -> NDArray[np.bool_]:
+    r"""True where the optimizer moves away from the minimum of (1/2) sum_i h_i w_i^2; each i is a problem by itself.
+
+    All start at 1. A weight grows if it comes to 1e6, where it is stopped by setting its h to 0, or if its largest
+    size in the last third of the steps is above that in the second third. c is held fixed: S2SAM has scale "step",
+    e = c d, and SAM's rho is set to c ||g|| in every step.
+
+    Example:
+        >>> grows(Method("SGD", "sgd"), np.array([37.0, 39.0]), Setting()).tolist()
+        [False, True]
+    """
+    h = torch.tensor(curvatures, dtype=torch.float64)
+    w = torch.nn.Parameter(torch.ones_like(h))
+    optimizer, single = real_optimizer(method, w, setting, rho=setting.c / setting.lr, scale="step")
+    sizes, diverged = torch.zeros(3, len(h), dtype=torch.float64), torch.zeros(len(h), dtype=torch.bool)
+
+    def fill() -> None:
+        w.grad = torch.where(diverged, 0.0, h) * w.detach()
+        if method.kind == "sam":
+            optimizer.param_groups[0]["rho"] = setting.c * float(w.grad.norm())
+
+    for t in range(steps):
+        step_at(optimizer, single, fill)
+        size = w.detach().abs()
+        diverged |= size > FAR
+        third = 3 * t // steps
+        sizes[third] = torch.maximum(sizes[third], size)
+    found: NDArray[np.bool_] = (diverged | (sizes[2] > sizes[1])).numpy()
+    return found
+
+
+def real_optimizer(
+    method: Method, w: torch.nn.Parameter, setting: Setting, *, rho: float, scale: str = "norm", decay: float = 0.0
+) -> tuple[torch.optim.SGD, S2SAM | None]:
+    """torch's SGD with the method attached; the S2SAM if it is one. `scale` is S2SAM's alone."""
+    nesterov = method.kind == "nesterov" and setting.momentum > 0
+    optimizer = torch.optim.SGD([w], setting.lr, setting.momentum, weight_decay=decay, nesterov=nesterov)
+    if method.kind == "sam":
+        SAM(optimizer, rho=rho)
+    if method.kind != "s2sam":
+        return optimizer, None
+    return optimizer, S2SAM(
+        optimizer,
+        rho=rho,
+        direction=method.direction,
+        sign=method.sign,
+        scale=scale,
+        ema_beta=setting.beta,
+    )
+
+
+def step_at(optimizer: torch.optim.SGD, single: S2SAM | None, fill: Callable[[], None]) -> None:
+    """One step with the gradients that `fill` writes, at the point (SAM: both points) where the method wants them."""
+    if single is None:
+        optimizer.step(fill)  # type: ignore[arg-type]
+    else:
+        with single.displaced():
+            fill()
+        optimizer.step()
+
+
+def limit_cycle(
+    method: Method, setting: Setting, *, curvature: float, rho: float, start: float, steps: int = 600
+) -> float:
+    """Root mean square of the weight over the second half of the steps on h w^2 / 2, with ||e|| = rho.
+
+    Example:
+        >>> from s2sam.analysis.stability import METHODS, quarter_turn_cycle
+        >>> size = limit_cycle(METHODS[3], Setting(), curvature=20.0, rho=0.05, start=0.01)
+        >>> round(size / 0.05, 3), round(quarter_turn_cycle(20.0, Setting()), 3)
+        (14.142, 14.142)
+    """
+    w = torch.nn.Parameter(torch.full((1,), start, dtype=torch.float64))
+    optimizer, single = real_optimizer(method, w, setting, rho=rho)
+
+    def fill() -> None:
+        w.grad = curvature * w.detach()
+
+    squares = 0.0
+    for t in range(steps):
+        step_at(optimizer, single, fill)
+        squares += float(w.detach()) ** 2 if 2 * t >= steps else 0.0
+    return math.sqrt(2 * squares / steps)

@@ -1,0 +1,134 @@
+"""The stability boundary: golden numbers, closed forms, and the optimizers themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from s2sam.analysis.bound_suite import Boundary, boundary_check, limit_cycles
+from s2sam.analysis.stability import METHODS, Setting, critical_curvature, polynomials, root_radius
+from s2sam.analysis.stability_measured import grows, limit_cycle, measured_critical_curvature
+
+BY_NAME = {m.name: m for m in METHODS}
+SGD, NESTEROV, SAM = (BY_NAME[name] for name in ("SGD", "Nesterov", "SAM"))
+PLUS, MINUS = BY_NAME["S2-SAM +gradient"], BY_NAME["S2-SAM -gradient"]
+some_settings = st.builds(
+    Setting, lr=st.floats(0.01, 0.5), momentum=st.floats(0.1, 0.95), c=st.floats(0.005, 0.5), beta=st.floats(0, 0.95)
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(SGD, 38.0), (NESTEROV, 13.571), (SAM, 19.326), (PLUS, 3.851), (MINUS, 13.103)],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_golden_values_at_eta_01_mu_09_c_005(method, expected):
+    assert critical_curvature(method, Setting()) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [(Setting(momentum=0.5), 9.15), (Setting(lr=0.01), 8.72), (Setting(lr=0.001), 14.52)]
+)
+def test_less_momentum_or_a_smaller_step_lifts_the_limit_of_the_paper(setting, expected):
+    assert critical_curvature(PLUS, setting) == pytest.approx(expected, abs=0.01)
+
+
+@given(some_settings)
+@hypothesis_settings(max_examples=20, deadline=None)
+def test_closed_forms(s):
+    rim = 2 * (1 + s.momentum)
+    expected = {
+        "SGD": rim / s.lr,
+        "Nesterov": rim / (s.lr * (1 + 2 * s.momentum)),
+        "SAM": (-1 + np.sqrt(1 + 4 * s.c * rim / s.lr)) / (2 * s.c),
+        "S2-SAM -momentum": min((1 + s.momentum) / s.c, rim / (s.lr + 2 * s.c)),
+        "S2-SAM +momentum": min((1 - s.momentum) / s.c, rim / (s.lr - 2 * s.c) if s.lr > 2 * s.c else np.inf),
+        "S2-SAM -gradient": rim / (s.lr + rim * s.c),
+    }
+    for name, value in expected.items():
+        assert critical_curvature(BY_NAME[name], s) == pytest.approx(value, rel=1e-4), name
+
+
+@given(st.floats(0.02, 0.5), st.floats(0.005, 0.5), st.floats(0.05, 60.0))
+@hypothesis_settings(deadline=None)
+def test_without_momentum_the_conditions_are_two_lines(lr, c, h):
+    """Stable iff h c < 1 and h eta < 2 + 2 h c."""
+    edge = min(abs(h * c - 1), abs(h * lr - 2 - 2 * h * c))
+    radius = root_radius(PLUS, np.array([h]), Setting(lr=lr, momentum=0.0, c=c))[0]
+    if edge > 1e-3:
+        assert (radius < 1) == (h * c < 1 and h * lr < 2 + 2 * h * c)
+
+
+@given(some_settings)
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_every_method_without_displacement_is_sgd(s):
+    s = Setting(lr=s.lr, momentum=s.momentum, c=0.0, beta=s.beta)
+    h = np.geomspace(0.1, 1.9 / s.lr, 7)
+    for method in (m for m in METHODS if m is not NESTEROV):
+        np.testing.assert_allclose(
+            np.maximum(root_radius(method, h, s), s.beta if method.direction == "ema" else 0),
+            np.maximum(root_radius(SGD, h, s), s.beta if method.direction == "ema" else 0),
+            rtol=1e-5,
+        )
+
+
+@given(some_settings)
+@hypothesis_settings(max_examples=10, deadline=None)
+def test_nesterov_is_minus_momentum_with_c_eta_mu(s):
+    s = Setting(lr=s.lr, momentum=s.momentum, c=s.lr * s.momentum)
+    h = np.geomspace(0.1, 40, 9)
+    np.testing.assert_allclose(
+        polynomials(NESTEROV, h, s), polynomials(BY_NAME["S2-SAM -momentum"], h, s), rtol=0, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_the_optimizers_grow_where_the_roots_say(method):
+    """3 % below the predicted limit everything decays, 3 % above it grows."""
+    setting = Setting()
+    limit = critical_curvature(method, setting)
+    assert grows(method, np.array([0.3, 0.97, 1.03]) * limit, setting, steps=450).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("method", [PLUS, SAM], ids=lambda m: m.name)
+def test_the_limit_is_found_without_the_polynomial(method):
+    setting = Setting(lr=0.2, momentum=0.6, c=0.1)
+    measured = measured_critical_curvature(method, setting, steps=300)
+    boundary = Boundary(method.name, critical_curvature(method, setting), measured)
+    assert measured == pytest.approx(boundary.predicted, rel=3e-3)
+    assert boundary_check(boundary).holds
+    assert not boundary_check(Boundary("", boundary.predicted, 1.05 * measured)).holds
+
+
+def test_limit_cycles_scale_with_rho_and_have_their_sizes(make_generator):
+    checks = list(limit_cycles(make_generator(1)))
+    assert [c for c in checks if not c.holds] == []
+    assert [round(c.measured, 3) for c in checks] == [14.142, 14.142, 1.111, 1.111, 1.111, 1.111]
+
+
+def test_where_sam_ends_depends_on_its_start():
+    ends = [limit_cycle(SAM, Setting(), curvature=20.0, rho=1.0, start=s, steps=400) for s in (0.1, 1.0, 3.3)]
+    assert ends == pytest.approx([1.111, 2.232, 3.720], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": -1.0}, "lr must be a finite number >= 0"),
+        ({"momentum": 1.0}, "momentum must be below 1"),
+        ({"c": float("nan")}, "c must be a finite number"),
+        ({"beta": 1.5}, "beta must be a finite number between 0 and 1"),
+    ],
+)
+def test_refusals(values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Setting(**values)
+
+
+def test_the_measurement_refuses_what_it_has_too_few_steps_for():
+    with pytest.raises(ValueError, match="at most 0.99"):
+        measured_critical_curvature(SGD, Setting(momentum=0.995))

@@ -1,0 +1,111 @@
+"""`s2sam bound`: table, JSON and plots; exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from s2sam.analysis import bound_suite
+from s2sam.analysis.bound_check import Check
+from s2sam.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def suite():
+    """A suite with one rate, two boundaries and a few checks, from short runs of the real experiments."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    found = bound_suite.Suite(bound_suite.Setting(), 0)
+    found.checks += bound_suite.bound_average.negative_control(generator, replicas=1000)
+    found.rates += bound_suite.bound_rates.in_radius(generator, steps=200)
+    found.boundaries += [bound_suite.Boundary("SGD", 38.0, 38.01), bound_suite.Boundary("SAM", 19.33, 19.3)]
+    found.checks += map(bound_suite.boundary_check, found.boundaries)
+    return found
+
+
+def test_table_json_and_plots(suite, tmp_path, capsys, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(bound_suite, "run_suite", lambda setting, **rest: asked.update(rest, setting=setting) or suite)
+    out = tmp_path / "a" / "b"
+    assert main(["bound", "--suite", "--out", str(out), "--seed", "3", "--lr", "0.2"]) == 0
+    assert (asked["seed"], asked["setting"].lr) == (3, 0.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "experiment\tsetting\tmeasured\tbound\tholds"
+    assert sum(line.endswith("\tyes") for line in lines) == len(suite.checks) == 5
+    assert any(line.startswith("Lipschitz\tyes\t-\t") for line in lines)
+    assert lines[-1] == "5 of 5 checks hold"
+    data = json.loads((out / "bound.json").read_text())
+    assert data["command"].startswith("s2sam bound --suite --out")
+    assert data["versions"]["torch"]
+    assert [c["control"] for c in data["checks"]][:3] == [False, False, True]
+    assert data["checks"][0]["terms"]["radius"] == pytest.approx(0.09)
+    assert data["checks"][0]["low"] is None
+    assert data["rates"][0]["slope"] == pytest.approx(2.0, abs=0.1)
+    for name in ("measured", "rates", "stability"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_violated_bound_is_exit_code_1(suite, capsys, monkeypatch):
+    worse = dataclasses.replace(suite, checks=[*suite.checks, Check("mean iterate", "made up", 2.0, high=1.0)])
+    monkeypatch.setattr(bound_suite, "run_suite", lambda setting, **rest: worse)
+    assert main(["bound", "--suite"]) == 1
+    out = capsys.readouterr().out
+    assert "mean iterate\tmade up\t2\t<= 1\tNO" in out
+    assert out.splitlines()[-1] == "5 of 6 checks hold"
+
+
+def test_wrong_use_ends_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    cases = [
+        ([], "give --suite"),
+        (["runs/first"], "the constants of a trained network are not estimated yet"),
+        (["runs/first", "--suite"], "use `s2sam bound --suite`"),
+        (["--suite", "--lr", "0"], "lr must be above 0"),
+        (["--suite", "--momentum", "1"], "momentum must be below 1"),
+        (["--suite", "--momentum", "0.995"], "at most 0.99"),
+        (["--suite", "--c", "-1"], "c must be a finite number >= 0"),
+        (["--suite", "--seed", "-1"], "--seed must be at least 0"),
+        (["--suite", "--lr", "fast"], "invalid float value: 'fast'"),
+        (["--suite", "--out", str(tmp_path / "file")], "is or goes through a file"),
+        (["--suite", "--out", str(tmp_path / "file" / "x")], "give --out the name of a folder"),
+        (["--suit"], "unrecognized arguments"),
+    ]
+    for argv, sentence in cases:
+        assert main(["bound", *argv]) == 2, argv
+        error = capsys.readouterr().err
+        assert error.startswith("s2sam: error: ") and error.count("\n") == 1
+        assert sentence in error, error
+
+
+def test_every_experiment_is_in_the_suite(monkeypatch):
+    """The order and the names, without the time: each experiment gives one check."""
+    told = []
+    monkeypatch.setattr(bound_suite, "measure_boundary", lambda m, s: bound_suite.Boundary(m.name, 1.0, 1.0))
+    monkeypatch.setattr(bound_suite, "limit_cycles", lambda g: iter(()))
+    bound_suite.limit_cycles.__name__ = "limit_cycles"
+    monkeypatch.setattr(bound_suite, "RATES", (lambda g: iter(()),) * 4)
+    for place, name in (
+        ("bound_average", "mean_iterate"),
+        ("bound_average", "tight"),
+        ("bound_average", "negative_control"),
+        ("bound_average", "random_iterate"),
+        ("bound_average", "published"),
+        ("bound_rates", "decay_place"),
+    ):
+
+        def stub(generator, name=name):
+            yield Check(name, "", 0.0, high=1.0)
+
+        stub.__name__ = name
+        monkeypatch.setattr(getattr(bound_suite, place), name, stub)
+    monkeypatch.setattr(bound_suite.RATES[0], "__name__", "rate")
+    found = bound_suite.run_suite(bound_suite.Setting(momentum=0.0), tell=told.append)
+    assert found.holds
+    assert [c.experiment for c in found.checks if c.setting == ""] == [
+        "mean_iterate", "tight", "negative_control", "random_iterate", "decay_place", "published"
+    ]  # fmt: skip
+    assert told[0] == "same as the classes"
+    assert len([t for t in told if t.startswith("stability of")]) == 7  # no direction momentum without momentum
