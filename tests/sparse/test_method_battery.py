@@ -178,11 +178,16 @@ def test_a_step_that_the_base_optimizer_skips_on_the_device_changes_no_topology(
     net = make_net()
     optimizer = sgd(net, fused=True)
     sparsifier = attach(info, net, optimizer, delta_t=1)
+    batch = make_batches(1)[0]
+    one_step(net, optimizer, batch)  # torch leaves the momentum of a fused step that is skipped at first uninitialised
     masks = copy_masks(sparsifier)
-    for skipped in (True, False):
-        optimizer.found_inf = torch.tensor(float(skipped))
-        one_step(net, optimizer, make_batches(1)[0])
-        assert equal_masks(masks, sparsifier.masks) == skipped
+    optimizer.found_inf = torch.tensor(1.0)
+    one_step(net, optimizer, batch)
+    assert equal_masks(masks, sparsifier.masks)
+    optimizer.found_inf = torch.tensor(0.0)
+    for _ in range(10):  # small steps may leave the largest weights the largest for a while
+        one_step(net, optimizer, batch)
+    assert not equal_masks(masks, sparsifier.masks)
 
 
 # -- resume in a fresh process ---------------------------------------------------------------------------------------
