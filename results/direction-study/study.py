@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from s2sam.suite.pool import train_all
+from s2sam.suite.pool import finished, train_all
 from s2sam.suite.settings import make_config
 from s2sam.train.config import TrainConfig
 
@@ -93,9 +93,12 @@ def run(stage: str, wanted: Iterable[tuple[str, str, int, Mapping[str, Any]]], j
     # in portions, so that an interruption loses no more than one of them
     names = list(todo)
     for start in range(0, len(names), 4 * jobs):
-        part = names[start : start + 4 * jobs]
-        outcomes = train_all({name: todo[name][3] for name in part}, jobs, console)
-        write(record(stage, *todo[name], final, reason) for name, final, reason in outcomes)
+        part = {name: todo[name][3] for name in names[start : start + 4 * jobs]}
+        whole = {name: found.final for name, settings in part.items() if (found := finished(settings))}
+        outcomes = train_all({name: part[name] for name in part if name not in whole}, jobs, console)
+        ended = whole | {name: final for name, final, _ in outcomes}
+        reasons = {name: reason for name, _, reason in outcomes}
+        write(record(stage, *todo[name], ended[name], reasons.get(name, "")) for name in part)
 
 
 def record(

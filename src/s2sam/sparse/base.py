@@ -25,15 +25,11 @@ from s2sam.sparse import scores, state, sync
 from s2sam.sparse.budget import Distribution, counts, descend
 from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.names import unknown
+from s2sam.sparse.options import NoOptions
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import Patterns, discover, in_optimizers
 from s2sam.sparse.report import Report, make_report
 from s2sam.sparse.topk import choose
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A method without options."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import numbers
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options."""
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
