@@ -179,9 +179,9 @@ def baselines(jobs: int) -> None:
 
 
 def chosen(arm: str) -> dict[str, Any]:
-    """The setting of a baseline with the best mean validation accuracy."""
+    """The setting of a baseline with the best mean validation accuracy, of those that have run."""
     scores = means("baselines", "static80")
-    return max(settings_grid(), key=lambda setting: scores[label(arm, setting)])
+    return max(settings_grid(), key=lambda setting: scores.get(label(arm, setting), 0.0))
 
 
 def treatments() -> dict[str, dict[str, Any]]:
@@ -191,26 +191,32 @@ def treatments() -> dict[str, dict[str, Any]]:
     return own | {arm: chosen("sgd") | changes for arm, changes in {**found["context"], **found["arms"]}.items()}
 
 
+def screening_stage() -> str:
+    """Stage 2's name: "screening", or "screening 2" if SGD's choice has moved since (protocol.md, Changes)."""
+    setting = chosen("sgd")
+    used = {(r["lr"], r["weight_decay"]) for r in rows() if r["stage"] == "screening" and r["arm"] == "sgd"}
+    return "screening" if used <= {(setting["lr"], setting["optim.weight_decay"])} else "screening 2"
+
+
 def screening(jobs: int) -> str:
     """Stage 2; returns the candidate."""
-    everything = treatments()
+    tried, grid = means("baselines", "static80"), settings_grid()
+    if any(label(arm, setting) not in tried for arm in arms()["baselines"] for setting in grid):
+        raise SystemExit("stage 1 has not tried its whole grid; run the stage 'baselines' first")
+    everything, stage = treatments(), screening_stage()
     rivals = list(arms()["arms"])
     fixed = [arm for arm in everything if arm not in rivals]
     for keep, seeds in ((len(rivals), (0, 1)), (6, (2, 3)), (2, (4, 5, 6, 7))):
-        scores = means("screening", "static80")
+        scores = means(stage, "static80")
         rivals = sorted(rivals, key=lambda arm: -scores.get(arm, 0.0))[:keep]
-        run(
-            "screening",
-            [("static80", arm, seed, everything[arm]) for arm in (*fixed, *rivals) for seed in seeds],
-            jobs,
-        )
-    scores = means("screening", "static80")
+        run(stage, [("static80", arm, seed, everything[arm]) for arm in (*fixed, *rivals) for seed in seeds], jobs)
+    scores = means(stage, "static80")
     return max(rivals, key=lambda arm: scores[arm])
 
 
-def baseline() -> str:
+def baseline(stage: str | None = None) -> str:
     """The better of the baselines, by validation accuracy in stage 2."""
-    scores = means("screening", "static80")
+    scores = means(stage or screening_stage(), "static80")
     return max(arms()["baselines"], key=lambda arm: scores[arm])
 
 
@@ -219,7 +225,7 @@ def confirmation(jobs: int) -> None:
     everything, candidate = treatments(), screening(jobs)
     noise = everything[candidate] | {"sam.direction": "random"}
     if noise.get("sam.scale") == "step":  # of the length that the candidate had
-        lengths = [r["displacement"] for r in rows() if r["stage"] == "screening" and r["arm"] == candidate]
+        lengths = [r["displacement"] for r in rows() if r["stage"] == screening_stage() and r["arm"] == candidate]
         noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
     wanted = {
         baseline(): everything[baseline()],
