@@ -88,3 +88,13 @@ def test_wrong_use_is_a_sentence(argv, sentence, capsys):
     assert err.startswith("s2sam: error: ")
     assert err.count("\n") == 1
     assert sentence in err
+
+
+def test_brackets_in_a_cell_are_shown_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from s2sam.cli.list import show
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    show("a title", ["name"], [["pip install s2sam[cli]"]])
+    assert "s2sam[cli]" in capsys.readouterr().out

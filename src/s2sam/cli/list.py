@@ -34,10 +34,11 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*header, title=title, title_justify="left", box=None, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets are no markup here
     Console().print(table)
 
 
