@@ -135,3 +135,24 @@ def equal_masks(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def shaped_states(optimizer: Optimizer, weight: Tensor) -> list[Tensor]:
     return [v for v in optimizer.state[weight].values() if isinstance(v, Tensor) and v.shape == weight.shape]
+
+
+# 12 weights, 8 active. |w| of the active: .1 .2 .3 .4 .5 .6 .7 .8
+MASK = [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+WEIGHTS = [0.5, -0.1, 0.3, -0.7, 0.2, -0.4, 0.8, -0.6, 0, 0, 0, 0]
+
+
+def take_step(layer: nn.Module, optimizer: Any, grad: Tensor | None = None) -> None:
+    """A step of a 3 x 4 layer with a gradient by hand, or with 0."""
+    layer.weight.grad = torch.zeros(3, 4) if grad is None else grad
+    optimizer.step()
+
+
+def train_scaled(net: nn.Module, optimizer: Any, *, enabled: bool) -> None:
+    """Two steps through a GradScaler, or without its scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+    for x, y in make_batches(2):
+        optimizer.zero_grad()
+        scaler.scale(loss_fn(net(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()

@@ -13,16 +13,19 @@ from s2sam import sparsify
 from s2sam.sparse.methods.mest import bounds
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import copy_masks, generator, golden, make_batches, make_net, one_step, set_masks, shaped_states
-
-# 12 weights, 8 active. |w| of the active: .1 .2 .3 .4 .5 .6 .7 .8
-MASK = [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
-WEIGHTS = [0.5, -0.1, 0.3, -0.7, 0.2, -0.4, 0.8, -0.6, 0, 0, 0, 0]
-
-
-def take_step(layer, optimizer, grad=None):
-    layer.weight.grad = torch.zeros(3, 4) if grad is None else grad
-    optimizer.step()
+from sparse_support import (
+    MASK,
+    WEIGHTS,
+    copy_masks,
+    generator,
+    golden,
+    make_batches,
+    make_net,
+    one_step,
+    set_masks,
+    shaped_states,
+    take_step,
+)
 
 
 def linear(sparsity=1 / 3, mask=MASK, weights=WEIGHTS, **options):

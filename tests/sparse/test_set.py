@@ -7,16 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import copy_masks, generator, golden
-
-# 12 weights, 8 active. |w| of the active: .1 .2 .3 .4 .5 .6 .7 .8
-MASK = [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
-WEIGHTS = [0.5, -0.1, 0.3, -0.7, 0.2, -0.4, 0.8, -0.6, 0, 0, 0, 0]
-
-
-def take_step(layer, optimizer, grad=None):
-    layer.weight.grad = torch.zeros(3, 4) if grad is None else grad
-    optimizer.step()
+from sparse_support import MASK, WEIGHTS, copy_masks, generator, golden, take_step
 
 
 def test_drops_the_smallest_and_grows_others_at_zero():

@@ -9,7 +9,7 @@ import torch
 from s2sam import S2SAM, sparsify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import generator, golden_pair, loss_fn, make_batches, make_net, step_by
+from sparse_support import generator, golden_pair, loss_fn, make_batches, make_net, step_by, train_scaled
 
 # |w| of a: .5 .1 .3 .2 .6 .4, of b: .4 .3 .2 .1
 MASKS = {"a": [1] * 6 + [0] * 6, "b": [0] * 8 + [1] * 4}
@@ -112,12 +112,7 @@ def test_a_loss_scale_makes_no_difference(fused):
         net = make_net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
         snfs = sparsify(net, optimizer, method="snfs", sparsity=0.7, total_steps=60, delta_t=3, generator=generator())
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
-        for x, y in make_batches(2):
-            optimizer.zero_grad()
-            scaler.scale(loss_fn(net(x), y)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        train_scaled(net, optimizer, enabled=scaled)
         found.append(snfs.momentum["0.weight"])
     assert found[0].abs().max() > 0
     assert torch.allclose(*found, atol=1e-7)

@@ -10,7 +10,7 @@ from torch import nn
 from s2sam import S2SAM, sparsify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import generator, loss_fn, make_batches, make_net, one_step, shaped_states, step_by
+from sparse_support import generator, loss_fn, make_batches, make_net, one_step, shaped_states, step_by, train_scaled
 
 # 12 weights: A the 6 largest (0 to 5), B three more (6 to 8), and three that rest (9 to 11)
 WEIGHTS = [1.2, -1.1, 1.0, -0.9, 0.8, -0.7, 0.6, -0.5, 0.4, 0.3, -0.2, 0.1]
@@ -141,12 +141,7 @@ def test_a_loss_scale_makes_no_difference(fused):
         net = make_net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
         kast = sparsify(net, optimizer, method="top-kast", sparsity=0.7, generator=generator(), delta_t=10)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
-        for x, y in make_batches(2):
-            optimizer.zero_grad()
-            scaler.scale(loss_fn(net(x), y)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        train_scaled(net, optimizer, enabled=scaled)
         found.append(kast.velocity["0.weight"])
     assert found[0].abs().max() > 0
     assert torch.allclose(*found, atol=1e-7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from s2sam.report.beside import BESIDE
@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 def to_markdown(table: Table) -> str:
     """A Markdown table with its notes below."""
     grid = [headers(table), *(cells(table, row) for row in table.rows)]
-    escaped = [[cell.replace("|", "\\|") for cell in line.values()] for line in grid]
+    lines = markdown_grid([list(line.values()) for line in grid])
+    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+
+
+def markdown_grid(grid: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; the first row is its head.
+
+    >>> markdown_grid([["arm", "%"], ["SGD", "9"]])
+    ['| arm | % |', '|-----|---|', '| SGD | 9 |']
+    """
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in grid]
     widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in escaped]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+    return lines
 
 
 def to_csv(table: Table) -> str:

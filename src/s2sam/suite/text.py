@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from s2sam.report.formats import markdown_grid
 from s2sam.report.stats import Interval
 from s2sam.report.tables import percent
 from s2sam.suite.plan import Cell, percent_text
@@ -77,11 +78,7 @@ def to_markdown(table: SuiteTable) -> str:
         groups = sparsities_of(table, block)
         head = ["", *(f"{percent_text(s)}: {column}" for s in groups for column in suite.columns), "n"]
         grid = [head, *(_row(table, block, row, groups) for row in rows_of(table, block))]
-        escaped = [[cell.replace("|", "\\|") for cell in line] for line in grid]
-        widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in escaped]
-        lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-        parts += [*lines, ""]
+        parts += [*markdown_grid(grid), ""]
     if table.pooled:
         sentences = (pooled_text(column, pooled, suite.reference) for column, pooled in table.pooled.items())
         parts += ["## Pooled", "", *(f"- {sentence}" for sentence in sentences), ""]
