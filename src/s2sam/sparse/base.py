@@ -24,11 +24,11 @@ from s2sam.hooks import StepContext, WeakHook, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
 from s2sam.sparse.budget import Distribution, counts, descend
 from s2sam.sparse.masks import counts as count_true
+from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import NoOptions
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import Patterns, discover, in_optimizers
-from s2sam.sparse.report import Report, make_report
 from s2sam.sparse.topk import choose
 
 
@@ -41,7 +41,7 @@ class UpdateInfo:
     grown: dict[str, int]
 
 
-class Sparsifier:
+class Sparsifier(Measures):
     """Sparse training of `model` with `optimizer`, or with a list of optimizers that share the model's weights.
 
     Args:
@@ -193,39 +193,9 @@ class Sparsifier:
     # -- what a user calls ------------------------------------------------------------------------------------------
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """The live masks by parameter name, True = active, in the order of the model. Read them, do not change them."""
-        found = {name: mask for part in self.parts for name, mask in part.layers.masks.items()}
-        return {name: found[name] for name in self.weights}
-
-    @property
     def step(self) -> int:
         """Steps of the (first) optimizer since the start of training: calls of `step()`, and :meth:`missed_step`."""
         return self.parts[0].step
-
-    def sparsity(self) -> float:
-        """The share of the prunable weights that are pruned, measured: masked, and exactly 0 in the weights."""
-        return self.report().sparsity
-
-    def report(self) -> Report:
-        """Every parameter: layer, shape, kept, sparsity, and why it is not prunable; `str()` of it is a table."""
-        return make_report(self.entries, self.masks)
-
-    def density(self) -> dict[str, float]:
-        """The share of active weights per layer."""
-        return {name: n / self.weights[name].numel() for name, n in count_true(self.masks).items()}
-
-    def survival(self) -> float:
-        """The share of the weights active at the start that are active now."""
-        if not self._initial:
-            return 1.0
-        alive = count_true({name: self._initial[name].to(m.device) & m for name, m in self.masks.items()})
-        return sum(alive.values()) / sum(count_true(self._initial).values())
-
-    def explored(self) -> float:
-        """The share of the prunable weights that were active at any time so far (R_s of arXiv:2102.02887)."""
-        union = count_true(self._explored or self.masks)
-        return sum(union.values()) / sum(w.numel() for w in self.weights.values())
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights now, for instance before clipping by norm.
