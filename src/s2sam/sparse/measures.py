@@ -1,0 +1,55 @@
+"""What a sparsifier tells of its masks: how sparse it is, where, and how far the topology has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from s2sam.sparse.masks import counts as count_true
+from s2sam.sparse.report import Report, make_report
+
+if TYPE_CHECKING:
+    from s2sam.sparse.part import Part
+    from s2sam.sparse.prunable import Entry
+
+
+class Measures:
+    """Reads masks and weights, changes nothing."""
+
+    parts: Sequence[Part]
+    entries: Sequence[Entry]
+    weights: dict[str, Tensor]
+    _initial: dict[str, Tensor]  # masks at the first step, and the union of all since; kept
+    _explored: dict[str, Tensor]  # from the first change on
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The live masks by parameter name, True = active, in the order of the model. Read them, do not change them."""
+        found = {name: mask for part in self.parts for name, mask in part.layers.masks.items()}
+        return {name: found[name] for name in self.weights}
+
+    def sparsity(self) -> float:
+        """The share of the prunable weights that are pruned, measured: masked, and exactly 0 in the weights."""
+        return self.report().sparsity
+
+    def report(self) -> Report:
+        """Every parameter: layer, shape, kept, sparsity, and why it is not prunable; `str()` of it is a table."""
+        return make_report(self.entries, self.masks)
+
+    def density(self) -> dict[str, float]:
+        """The share of active weights per layer."""
+        return {name: n / self.weights[name].numel() for name, n in count_true(self.masks).items()}
+
+    def survival(self) -> float:
+        """The share of the weights active at the start that are active now."""
+        if not self._initial:
+            return 1.0
+        alive = count_true({name: self._initial[name].to(m.device) & m for name, m in self.masks.items()})
+        return sum(alive.values()) / sum(count_true(self._initial).values())
+
+    def explored(self) -> float:
+        """The share of the prunable weights that were active at any time so far (R_s of arXiv:2102.02887)."""
+        union = count_true(self._explored or self.masks)
+        return sum(union.values()) / sum(w.numel() for w in self.weights.values())
