@@ -27,7 +27,7 @@ from s2sam.train.config import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 RAW, DATA, RUNS = HERE / "raw.csv", HERE / "proxy.npz", HERE / "runs"
-CHANCE = 0.25
+CHANCE, PAPER = 0.25, "+g-0.05"
 CLASSES = ("airplane", "automobile", "ship", "truck")
 SCREENED, CONFIRMED = range(8), range(1000, 1008)
 CELLS = {"static80": ("static", 0.8), "static90": ("static", 0.9), "rigl80": ("rigl", 0.8), "rigl90": ("rigl", 0.9)}
@@ -188,7 +188,9 @@ def treatments() -> dict[str, dict[str, Any]]:
     """Every arm with its settings: each baseline its own, all others those of SGD."""
     found = arms()
     own = {arm: changes | chosen(arm) for arm, changes in found["baselines"].items()}
-    return own | {arm: chosen("sgd") | changes for arm, changes in {**found["context"], **found["arms"]}.items()}
+    others = {**found["context"], **found["arms"]}
+    tuned = {label(arm, setting): changes | setting for arm, changes in others.items() for setting in joint_settings()}
+    return own | {arm: chosen("sgd") | changes for arm, changes in others.items()} | tuned
 
 
 def screening_stage() -> str:
@@ -198,20 +200,69 @@ def screening_stage() -> str:
     return "screening" if used <= {(setting["lr"], setting["optim.weight_decay"])} else "screening 2"
 
 
-def screening(jobs: int) -> str:
-    """Stage 2; returns the candidate."""
+def first_rounds(jobs: int) -> list[str]:
+    """Rounds 1 and 2 of stage 2; returns the best six arms, best first."""
     tried, grid = means("baselines", "static80"), settings_grid()
     if any(label(arm, setting) not in tried for arm in arms()["baselines"] for setting in grid):
         raise SystemExit("stage 1 has not tried its whole grid; run the stage 'baselines' first")
     everything, stage = treatments(), screening_stage()
     rivals = list(arms()["arms"])
-    fixed = [arm for arm in everything if arm not in rivals]
-    for keep, seeds in ((len(rivals), (0, 1)), (6, (2, 3)), (2, (4, 5, 6, 7))):
-        scores = means(stage, "static80")
-        rivals = sorted(rivals, key=lambda arm: -scores.get(arm, 0.0))[:keep]
+    fixed = [*arms()["baselines"], *arms()["context"]]
+    for keep, seeds in ((len(rivals), (0, 1)), (6, (2, 3))):
+        rivals = by_score(rivals, means(stage, "static80"))[:keep]
         run(stage, [("static80", arm, seed, everything[arm]) for arm in (*fixed, *rivals) for seed in seeds], jobs)
-    scores = means(stage, "static80")
-    return max(rivals, key=lambda arm: scores[arm])
+    return by_score(rivals, means(stage, "static80"))
+
+
+def by_score(names: Iterable[str], scores: Mapping[str, float]) -> list[str]:
+    """Best first; a name without a score comes last."""
+    return sorted(names, key=lambda name: -scores.get(name, 0.0))
+
+
+def joint(jobs: int) -> None:
+    """The best four arms and the paper's, each with the three settings at which Nesterov validated best."""
+    everything, best = treatments(), first_rounds(jobs)
+    names = [label(arm, setting) for arm in dict.fromkeys((*best[:4], PAPER)) for setting in joint_settings()]
+    run("joint", [("static80", name, seed, everything[name]) for name in names for seed in (0, 1)], jobs)
+
+
+def joint_settings() -> list[dict[str, Any]]:
+    """The three settings at which Nesterov validated best."""
+    scores = means("baselines", "static80")
+    return sorted(settings_grid(), key=lambda setting: -scores.get(label("nesterov", setting), 0.0))[:3]
+
+
+def screening(jobs: int) -> str:
+    """Stage 2; returns the candidate."""
+    joint(jobs)
+    everything, stage = treatments(), screening_stage()
+    rivals = by_score([name for name, arm in pool().items() if arm != PAPER], two_seeds())[:2]
+    for name in rivals:
+        home = "joint" if name in means("joint", "static80") else stage
+        run(home, [("static80", name, seed, everything[name]) for seed in range(2, 8)], jobs)
+    run(stage, [("static80", name, seed, everything[name]) for name in arms()["baselines"] for seed in SCREENED], jobs)
+    scores = means(stage, "static80") | means("joint", "static80")
+    return max(rivals, key=lambda name: scores[name])
+
+
+def pool() -> dict[str, str]:
+    """What has been tried: trial -> arm. A trial is an arm with SGD's setting, or one of the stage joint."""
+    trials = {arm: arm for arm in arms()["arms"] if arm in means(screening_stage(), "static80")}
+    return trials | {name: name.split(" lr ")[0] for name in means("joint", "static80")}
+
+
+def two_seeds() -> dict[str, float]:
+    """Mean validation accuracy of each trial over the seeds 0 and 1, which all trials have."""
+    found: dict[str, list[float]] = {}
+    for row in rows():
+        if row["stage"] in (screening_stage(), "joint") and row["seed"] < 2:
+            found.setdefault(row["arm"], []).append(row["val_top1"])
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def paper() -> str:
+    """The trial of the paper's arm that validated best."""
+    return by_score([name for name, arm in pool().items() if arm == PAPER], two_seeds())[0]
 
 
 def baseline(stage: str | None = None) -> str:
@@ -225,12 +276,12 @@ def confirmation(jobs: int) -> None:
     everything, candidate = treatments(), screening(jobs)
     noise = everything[candidate] | {"sam.direction": "random"}
     if noise.get("sam.scale") == "step":  # of the length that the candidate had
-        lengths = [r["displacement"] for r in rows() if r["stage"] == screening_stage() and r["arm"] == candidate]
+        lengths = [r["displacement"] for r in rows() if r["stage"] != "confirmation" and r["arm"] == candidate]
         noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
     wanted = {
         baseline(): everything[baseline()],
         candidate: everything[candidate],
-        "+g-0.05": everything["+g-0.05"],
+        paper(): everything[paper()],
         "noise like the candidate": noise,
     }
     run(
