@@ -16,6 +16,8 @@ from s2sam.analysis.surface import Point, SurfaceSettings
 from s2sam.train.atomic import atomic
 
 FORMAT = 1
+Loss = NDArray[np.float64]
+_SETTINGS = ("points", "span", "pairs", "dims", "bn", "seed")
 
 
 @dataclass(eq=False)
@@ -42,7 +44,7 @@ class Surface:
     @property
     def depends_on(self) -> dict[str, Any]:
         """Everything that the losses depend on, as plain values."""
-        given = {name: getattr(self.settings, name) for name in ("points", "span", "pairs", "dims", "bn", "seed")}
+        given = {name: getattr(self.settings, name) for name in _SETTINGS}
         return {
             "format": FORMAT, **given, "normalisation": "filter", "directions": "Gaussian, on the active weights",
             "unmoved": "biases and normalisation layers", "measure": "mean cross entropy in nats, linear scale",
@@ -103,15 +105,7 @@ class Surface:
         """
         if not path.exists():
             return
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                loss, top1, done = (stored[name] for name in ("loss", "top1", "done"))
-                made_with = json.loads(str(stored["settings"]))
-                whole = isinstance(made_with, dict)
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path} is damaged or no surface; delete it or give another --out")
+        (loss, top1, done), made_with, _ = _read(path)
         mine = json.loads(json.dumps(self.depends_on))
         for name in sorted(mine.keys() | made_with.keys()):
             if mine.get(name) != made_with.get(name):
@@ -119,6 +113,42 @@ class Surface:
                     f"{path} was made with {name} {made_with.get(name)!r}, not {mine.get(name)!r}; give another --out, "
                     "or delete it"
                 )
-        if not loss.shape == top1.shape == done.shape == self.loss.shape:
-            raise ValueError(f"{path} is damaged or no surface; delete it or give another --out")
-        self.loss, self.top1, self.done = loss.astype(np.float64), top1.astype(np.float64), done.astype(bool)
+        if loss.shape != self.loss.shape:
+            raise _damaged(path)
+        self.loss, self.top1, self.done = loss, top1, done
+
+
+def load_surface(path: Path) -> Surface:
+    """The surface in `path`, whole or begun.
+
+    Raises:
+        ValueError: it is damaged, or no surface.
+    """
+    (loss, top1, done), made_with, label = _read(path)
+    try:
+        settings = SurfaceSettings(**{name: made_with[name] for name in _SETTINGS})
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path) from None
+    own = Surface.empty(label, settings, {}).depends_on
+    surface = Surface(label, settings, {k: v for k, v in made_with.items() if k not in own}, loss, top1, done)
+    if loss.shape != settings.shape:
+        raise _damaged(path)
+    return surface
+
+
+def _read(path: Path) -> tuple[tuple[Loss, Loss, NDArray[np.bool_]], dict[str, Any], str]:
+    """Losses, accuracies and what is done; what they depend on; the label."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            loss, top1, done = (stored[name] for name in ("loss", "top1", "done"))
+            made_with, label = json.loads(str(stored["settings"])), str(stored["label"])
+            whole = isinstance(made_with, dict) and loss.shape == top1.shape == done.shape
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+        whole = False
+    if not whole:
+        raise _damaged(path)
+    return (loss.astype(np.float64), top1.astype(np.float64), done.astype(bool)), made_with, label
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged or no surface; delete it or give another --out")

@@ -27,16 +27,25 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--cost", metavar="FILE", help="cost.json with step times measured side by side, as the demo writes it"
     )
+    parser.add_argument(
+        "--surfaces", metavar="FOLDER", help="the --out folder of `s2sam surface`, to show its grids of these runs"
+    )
     parser.add_argument("--tables", action="store_true", help="write table.md and table.csv beside the page as well")
     args = parser.parse_args(argv)
 
     from rich.console import Console
 
     from s2sam.report.cost import load_rounds
+    from s2sam.report.surface_section import find_surfaces, surface_section
     from s2sam.report.write import make_table, write_report
 
     table = make_table(args.folders, load_rounds(args.cost) if args.cost else None)
-    paths = write_report(table, args.out, tables=args.tables, how=shlex.join(["s2sam", "report", *argv]))
+    arms = [row.arm for row in table.rows]
+    sections = []
+    if args.surfaces:
+        sections.append(surface_section(find_surfaces(args.surfaces, arms), arms))
+    how = shlex.join(["s2sam", "report", *argv])
+    paths = write_report(table, args.out, tables=args.tables, how=how, sections=sections)
     console = Console(highlight=False)
     show(table, console)
     console.print(str(paths[-1]), markup=False, soft_wrap=True)

@@ -12,7 +12,9 @@ from typing import Any
 from s2sam import __version__
 from s2sam.report.arms import Arm, flatten
 from s2sam.report.beside import Beside
-from s2sam.report.plots import Section, draw_all, treatments
+from s2sam.report.panels import Section, treatments
+from s2sam.report.plots import draw_all
+from s2sam.report.surface_section import SIDES
 from s2sam.report.svg import PALETTE
 from s2sam.report.tables import Row, Table, cells, headers, interval_text, percent
 
@@ -34,6 +36,7 @@ def render(
     title: str = "Sparse and sharpness-aware training, side by side",
     how: str = "",
     remarks: Sequence[str] = (),
+    sections: Sequence[Section] = (),
 ) -> str:
     """The page as a string.
 
@@ -42,6 +45,7 @@ def render(
         title: the headline.
         how: the command that made the runs or the page.
         remarks: further sentences for the section on what is not shown, as plain text.
+        sections: further figures, which come after those that every run has.
     """
     arms = [row.arm for row in table.rows]
     names = treatments(arms)
@@ -64,7 +68,7 @@ def render(
         table=_table(table, names),
         notes=_items(table.notes),
         legend=_legend(names),
-        sections="".join(map(_section, draw_all(table))),
+        sections="".join(map(_section, [*draw_all(table), *sections])),
         caveats=_items([*_caveats(table, data), *remarks]),
         how=_text(how or "s2sam report " + " ".join(str(run.folder) for arm in arms for run in arm.runs.values())),
         configuration=_pairs(_common(arms)),
@@ -74,6 +78,9 @@ def render(
         version=_text(__version__),
         light=_palette(0),
         dark=_palette(1),
+        views="\n".join(
+            f".views:has(#surface-view-{i}:checked) .view-{i} {{ display: block; }}" for i in range(len(SIDES))
+        ),
         toggles="\n".join(
             f"body:has(#show-{i}:not(:checked)) svg .s{i} {{ opacity: .06; }}" for i in range(len(names))
         ),
@@ -225,8 +232,10 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _section(section: Section) -> str:
-    figures = "".join(f'<figure class="card">{figure.svg}</figure>' for figure in section.figures)
-    size = {1: " one", 3: " three"}.get(len(section.figures), "")
+    figures = "".join(
+        f'<figure class="card{" wide" if figure.wide else ""}">{figure.svg}</figure>' for figure in section.figures
+    )
+    size = {1: " one", 3: " three"}.get(sum(not figure.wide for figure in section.figures), "")
     head = f'<h2>{_text(section.title)}</h2><p class="caption">{_text(section.caption)}</p>'
     return f'<section>{head}<div class="grid{size}">{figures}</div></section>'
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,35 +10,12 @@ import numpy as np
 from s2sam.report.arms import Arm
 from s2sam.report.curves import Curve, density_curve, epoch_curve, has, limits, record_curve, smooth
 from s2sam.report.draw import DASHES, End, end_labels, log_scale, spread
+from s2sam.report.panels import Figure, Section, treatments
 from s2sam.report.svg import GRID, INK, MUTED, mark, new_axes, series_colour, shorten, style, to_svg
 from s2sam.report.tables import Row, Table, percent
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
-
-    pass
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn panel."""
-
-    svg: str
-    label: str  #: what it shows, in words
-
-
-@dataclass(frozen=True)
-class Section:
-    """Panels under one heading and caption."""
-
-    title: str
-    caption: str
-    figures: tuple[Figure, ...]
-
-
-def treatments(arms: Iterable[Arm]) -> list[str]:
-    """The optimizers of a report in the order of their colours, the plain one first."""
-    return list(dict.fromkeys(arm.treatment for arm in sorted(arms, key=lambda arm: not arm.plain)))
 
 
 def draw_all(table: Table) -> list[Section]:

@@ -9,6 +9,7 @@ from s2sam.report.arms import group_runs
 from s2sam.report.cost import cost_from_rounds
 from s2sam.report.formats import to_csv, to_markdown
 from s2sam.report.html import render
+from s2sam.report.panels import Section
 from s2sam.report.read import read_runs
 from s2sam.report.tables import Table, build_table
 from s2sam.train.atomic import write_text
@@ -32,6 +33,7 @@ def write_report(
     title: str = "Sparse and sharpness-aware training, side by side",
     how: str = "",
     remarks: Sequence[str] = (),
+    sections: Sequence[Section] = (),
 ) -> list[Path]:
     """Write `page` and, with `tables`, table.md and table.csv beside it; returns the paths, the page last.
 
@@ -42,7 +44,7 @@ def write_report(
     contents = (
         {page.with_name("table.md"): to_markdown(table), page.with_name("table.csv"): to_csv(table)} if tables else {}
     )
-    contents[page] = render(table, title=title, how=how, remarks=remarks)
+    contents[page] = render(table, title=title, how=how, remarks=remarks, sections=sections)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

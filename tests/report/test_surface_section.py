@@ -1,0 +1,129 @@
+"""Surfaces in the report: found by the digest of the weights, comparable or refused, one picture at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+
+from s2sam.analysis.surface import SurfaceSettings
+from s2sam.analysis.surface_file import Surface, load_surface
+from s2sam.cli.main import main
+from s2sam.report.surface_section import SIDES, find_surfaces, surface_section
+from s2sam.report.write import make_table, write_report
+
+
+def bowl(height, pairs=2, points=7):
+    """height (x^2 + y^2) + 0.1, a little higher for the second pair."""
+    x = np.linspace(-1, 1, points)
+    grid = height * (x[:, None] ** 2 + x**2) + 0.1
+    return np.stack([grid * (1 + 0.1 * pair) for pair in range(pairs)])
+
+
+@pytest.fixture
+def runs(make_run):
+    folders = [make_run("rigl", sharpness, seed) for sharpness in ("none", "s2sam") for seed in (0, 1)]
+    for number, folder in enumerate(folders):
+        (folder / "model.safetensors").write_bytes(bytes([number]) * 64)
+    return folders
+
+
+@pytest.fixture
+def measured(runs, tmp_path):
+    """Surfaces of the second seed of each arm, in a folder as `s2sam surface` leaves it."""
+    out = tmp_path / "surface"
+    for folder, height in ((runs[1], 1.0), (runs[3], 0.5)):
+        write_surface(out, folder, height)
+    return out
+
+
+def write_surface(out, folder, height, done=True, **facts):
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    facts = {"classes": 10, "images": 50, "split": "train", "weights_sha256": digest} | facts
+    surface = Surface.empty(folder.name, SurfaceSettings(points=7, pairs=2), facts)
+    surface.loss, surface.top1 = bowl(height), np.full((2, 7, 7), 0.5)
+    surface.done[:] = True
+    surface.done[1, 6, 6] = done
+    surface.save(out / folder.name / "surface.npz")
+
+
+def arms_of(runs):
+    return [row.arm for row in make_table(runs).rows]
+
+
+def test_a_surface_is_loaded_as_it_was_saved(runs, measured):
+    surface = load_surface(measured / runs[1].name / "surface.npz")
+    assert surface.label == runs[1].name and surface.settings == SurfaceSettings(points=7, pairs=2)
+    assert np.array_equal(surface.loss, bowl(1.0)) and surface.done.all()
+    assert surface.facts["images"] == 50 and "points" not in surface.facts
+    again = Surface.empty("x", surface.settings, surface.facts)
+    again.resume(measured / runs[1].name / "surface.npz")
+    assert np.array_equal(again.loss, surface.loss)
+
+
+def test_surfaces_belong_to_the_arms_whose_weights_they_have(runs, measured):
+    arms = arms_of(runs)
+    found = find_surfaces(measured, arms)
+    assert {arm.name: s.label for arm, s in found.items()} == {
+        "RigL 90 %, SGD": runs[1].name, "RigL 90 %, S2-SAM": runs[3].name,
+    }  # fmt: skip
+    words = [figure.label for figure in surface_section(found, arms).figures]
+    ra = found[arms[0]].summary()["ra_raw_mean"]
+    assert words[2] == f"Ra_raw, height of the bowl: RigL 90 %, SGD {ra:.3g}, RigL 90 %, S2-SAM {ra / 2:.3g}"
+    assert re.search(r"SGD 1\.\d+ at the end, S2-SAM 0\.\d+ at the end", words[1])
+
+
+def test_the_page_shows_one_side_at_a_time_and_loads_nothing(runs, measured, browser, tmp_path):
+    arms = arms_of(runs)
+    page = tmp_path / "page.html"
+    write_report(make_table(runs), page, sections=[surface_section(find_surfaces(measured, arms), arms)])
+    errors, requests, evaluate = browser.open(page.as_uri(), width=390)
+    assert errors == [] and requests == []
+    shown = "[...document.querySelectorAll('img.view')].map(i => i.clientWidth > 100 && i.naturalWidth > 100)"
+    assert evaluate(shown) == [True] + [False] * (len(SIDES) - 1)
+    evaluate("document.getElementById('surface-view-2').click()")
+    assert evaluate(shown) == [False, False, True, False, False]
+    assert evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_each_side_is_another_picture(runs, measured):
+    arms = arms_of(runs)
+    html = surface_section(find_surfaces(measured, arms), arms).figures[0].svg
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(set(pictures)) == len(SIDES) and all(len(p) > 5000 for p in pictures)
+
+
+def test_lines_have_no_grids(runs, tmp_path):
+    digest = hashlib.sha256((runs[0] / "model.safetensors").read_bytes()).hexdigest()
+    surface = Surface.empty("a", SurfaceSettings(points=7, dims=1), {"classes": 10, "weights_sha256": digest})
+    surface.loss, surface.done[:] = np.linspace(-1, 1, 7)[None] ** 2, True
+    surface.save(tmp_path / "lines" / "a" / "surface.npz")
+    arms = arms_of(runs)
+    section = surface_section(find_surfaces(tmp_path / "lines", arms), arms)
+    assert len(section.figures) == 3 and not any(figure.wide for figure in section.figures)
+
+
+def test_what_cannot_stand_together_is_refused(runs, measured, tmp_path, make_run, capsys):
+    write_surface(tmp_path / "begun", runs[0], 1.0, done=False)
+    write_surface(measured, runs[0], 1.0, images=60)
+    foreign = make_run("static")
+    (foreign / "model.safetensors").write_bytes(b"other")
+    (tmp_path / "empty").mkdir()
+    for folder, chosen, sentence in (
+        (tmp_path / "empty", runs, "holds no surfaces"),
+        (tmp_path / "begun", runs, "is not finished"),
+        (measured, [foreign], "is of these runs"),
+        (measured, runs, "images is 60 in one and 50 in another"),
+    ):
+        out = tmp_path / "refused.html"
+        assert main(["report", *map(str, chosen), "--surfaces", str(folder), "--out", str(out)]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split()) and not out.exists()
+
+
+def test_damaged_surfaces_are_named(runs, measured):
+    path = measured / runs[1].name / "surface.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"surface\.npz is damaged or no surface"):
+        find_surfaces(measured, arms_of(runs))
