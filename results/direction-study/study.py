@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,11 @@ def write(new: Iterable[Row]) -> None:
         writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in new)
 
 
-def means(stage: str, cell: str, key: str = "val_top1") -> dict[str, float]:
+def means(stage: str, cell: str, key: str = "val_top1", seeds: Container[int] | None = None) -> dict[str, float]:
     """Mean over seeds by arm."""
     found: dict[str, list[float]] = {}
     for row in rows():
-        if row["stage"] == stage and row["cell"] == cell:
+        if row["stage"] == stage and row["cell"] == cell and (seeds is None or row["seed"] in seeds):
             found.setdefault(row["arm"], []).append(row[key])
     return {arm: float(np.mean(values)) for arm, values in found.items()}
 
@@ -209,9 +209,9 @@ def first_rounds(jobs: int) -> list[str]:
     rivals = list(arms()["arms"])
     fixed = [*arms()["baselines"], *arms()["context"]]
     for keep, seeds in ((len(rivals), (0, 1)), (6, (2, 3))):
-        rivals = by_score(rivals, means(stage, "static80"))[:keep]
+        rivals = by_score(rivals, two_seeds())[:keep]
         run(stage, [("static80", arm, seed, everything[arm]) for arm in (*fixed, *rivals) for seed in seeds], jobs)
-    return by_score(rivals, means(stage, "static80"))
+    return by_score(rivals, means(stage, "static80", seeds=range(4)))
 
 
 def by_score(names: Iterable[str], scores: Mapping[str, float]) -> list[str]:
