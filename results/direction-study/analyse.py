@@ -17,7 +17,7 @@ SCREENING = (
     "under augmentation in the last epoch, at the displaced weights. e/w: mean ||e|| over final ||w||. alignment: "
     "mean cosine of g_t and d_{t-1}."
 )
-NOISE, ARMS = "noise like the candidate", 4
+NOISE = "noise like the candidate"
 Row = dict[str, Any]
 Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 
@@ -92,24 +92,29 @@ def joint(found: Sequence[Row]) -> list[str]:
 
 
 def findings() -> list[tuple[str, Difference]]:
-    """The primary contrast and the paper's variant against the better baseline; empty before all runs are done."""
-    found = [row for row in rows() if row["stage"] == "confirmation"]
-    if len(found) < ARMS * len(CELLS) * len(CONFIRMED):
-        return []
-    cells, candidate, reference = design(found)
-    paper = next(arm for arm in next(iter(cells.values())) if is_paper(arm))
+    """The primary contrast and the paper's variant against the better baseline, as far as all their runs are done."""
+    cells, _, reference = design([row for row in rows() if row["stage"] == "confirmation"])
     return [
-        (f"{arm} minus {reference}, mean over 4 cells", pooled(cells, arm, reference)) for arm in (candidate, paper)
+        (f"{arm} minus {reference}, mean over 4 cells", pooled(cells, arm, reference))
+        for arm in compared(cells, reference)
+        if arm != NOISE
     ]
 
 
+def compared(cells: Cells, reference: str) -> list[str]:
+    """The arms that have all their runs and can be compared with `reference`, which must have all of its own."""
+    names = list(dict.fromkeys(arm for groups in cells.values() for arm in groups))
+    whole = [arm for arm in names if all(len(cells[cell].get(arm, {})) == len(CONFIRMED) for cell in CELLS)]
+    return [arm for arm in whole if arm != reference] if reference in whole else []
+
+
 def design(found: Sequence[Row]) -> tuple[Cells, str, str]:
-    """Cell -> arm -> seed -> row; the candidate; the better baseline."""
+    """Cell -> arm -> seed -> row; the candidate, "" before it has a run; the better baseline."""
     cells = {cell: by_arm([row for row in found if row["cell"] == cell]) for cell in CELLS}
     reference = baseline()
     names = next(iter(cells.values()))
-    candidate = next(arm for arm in names if arm not in (reference, NOISE) and not is_paper(arm))
-    return cells, candidate, reference
+    candidates = (arm for arm in names if arm not in (reference, NOISE) and not is_paper(arm))
+    return cells, next(candidates, ""), reference
 
 
 def is_paper(name: str) -> bool:
@@ -118,21 +123,19 @@ def is_paper(name: str) -> bool:
 
 
 def confirmation(found: Sequence[Row]) -> list[str]:
-    """Stage 3: the primary contrast, its cells, and the context."""
+    """Stage 3: the primary contrast, its cells, and the context; arms whose runs are not all done are left out."""
     cells, candidate, reference = design(found)
-    names = list(next(iter(cells.values())))
+    names = compared(cells, reference)
+    parts = ["## Stage 3: confirmation on fresh seeds (test accuracy of the last epoch, %, mean ± sd)"]
+    if candidate not in names:
+        return [*parts, f"Under way: {len(found)} runs are done."]
     lines = [
         [arm, *(f"{mean(cells[c][arm], 'test_top1'):.2f} ± {spread(cells[c][arm], 'test_top1')}" for c in CELLS)]
-        for arm in names
+        for arm in (reference, *names)
     ]
-    parts = [
-        "## Stage 3: confirmation on fresh seeds (test accuracy of the last epoch, %, mean ± sd)",
-        table(["arm", *CELLS], lines),
-    ]
+    parts.append(table(["arm", *CELLS], lines))
     contrasts = []
     for arm in names:
-        if arm == reference:
-            continue
         whole = pooled(cells, arm, reference)
         contrasts.append([f"{arm} minus {reference}", *words(whole, simultaneous=False)])
         for cell in CELLS:
@@ -141,6 +144,10 @@ def confirmation(found: Sequence[Row]) -> list[str]:
                 comparisons=len(CELLS),
             )  # fmt: skip
             contrasts.append([f"- {cell}", *words(gap, simultaneous=True)])
+    papers = [arm for arm in names if is_paper(arm)]
+    contrasts += [
+        [f"{candidate} minus {arm}", *words(pooled(cells, candidate, arm), simultaneous=False)] for arm in papers
+    ]
     parts.append(table(["difference, points", "mean", "95 % interval", "n"], contrasts))
     primary = pooled(cells, candidate, reference)
     parts += [verdict(candidate, reference, primary), sparsity_contrast(cells, candidate, reference)]

@@ -278,17 +278,10 @@ def confirmation(jobs: int) -> None:
     if noise.get("sam.scale") == "step":  # of the length that the candidate had
         lengths = [r["displacement"] for r in rows() if r["stage"] != "confirmation" and r["arm"] == candidate]
         noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
-    wanted = {
-        baseline(): everything[baseline()],
-        candidate: everything[candidate],
-        paper(): everything[paper()],
-        "noise like the candidate": noise,
-    }
-    run(
-        "confirmation",
-        [(cell, arm, seed, changes) for seed in CONFIRMED for cell in CELLS for arm, changes in wanted.items()],
-        jobs,
-    )
+    primary = {baseline(): everything[baseline()], candidate: everything[candidate]}
+    for wanted in (primary, {paper(): everything[paper()]}, {"noise like the candidate": noise}):
+        todo = [(cell, arm, seed, changes) for seed in CONFIRMED for cell in CELLS for arm, changes in wanted.items()]
+        run("confirmation", todo, jobs)
 
 
 def main() -> None:
