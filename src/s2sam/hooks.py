@@ -278,7 +278,8 @@ WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # d
 
 def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
     """`value` as a float within [low, high], or a ValueError that names the argument."""
-    number = float(value) if isinstance(value, (numbers.Real, Tensor)) else math.nan
+    scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    number = float(value) if scalar or isinstance(value, numbers.Real) else math.nan
     if not low <= number <= high or math.isinf(number):
         bounds = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")

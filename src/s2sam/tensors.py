@@ -20,6 +20,18 @@ def kinds(tensors: Iterable[Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
+def alike(tensors: Iterable[Tensor]) -> list[list[int]]:
+    """The positions of the tensors of each device, dtype and shape, in order: those that can be stacked.
+
+    >>> alike([torch.zeros(1), torch.zeros(2), torch.ones(1)])
+    [[0, 2], [1]]
+    """
+    found: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for i, t in enumerate(tensors):
+        found.setdefault((t.device, t.dtype, t.shape), []).append(i)
+    return list(found.values())
+
+
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; from the CPU to a GPU by way of pinned memory, so that the host does not wait for the GPU.
 

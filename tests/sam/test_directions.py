@@ -23,7 +23,8 @@ from sam_common import (
 from torch import nn
 
 from s2sam import S2SAM, sparsify
-from s2sam.sam.directions import DIRECTIONS, noise_seed
+from s2sam.sam import directions
+from s2sam.sam.directions import DIRECTIONS, DRAW_BYTES, draw_batches, noise_seed
 from s2sam.sam.scales import SCALES
 
 X = make_data(1)[0][0]
@@ -147,6 +148,43 @@ def test_noise_is_standard_normal_new_in_every_step_and_of_no_direction():
 def test_every_draw_has_a_seed_of_its_own(seed, step, index, other):
     assert 0 <= noise_seed(seed, step, index) < 2**63
     assert (noise_seed(seed, step, index) == noise_seed(*other)) == ((seed, step, index) == other)
+
+
+SIZES = [(), (3,), (3,), (2, 2), (0,), (DRAW_BYTES // 8,), (DRAW_BYTES // 8 + 1,), (DRAW_BYTES // 2,)]
+
+
+@given(kinds=st.lists(st.tuples(st.sampled_from(SIZES), st.sampled_from([torch.float32, torch.bfloat16])), max_size=20))
+def test_batches_of_draws_are_a_partition_into_equal_kinds_of_limited_size(kinds):
+    members = {3 * i + 1: torch.empty(size, dtype=dtype, device="meta") for i, (size, dtype) in enumerate(kinds)}
+    batches = draw_batches(members)
+    assert sorted(i for batch in batches for shape in batch for i in shape) == list(members)
+    for batch in batches:
+        inside = [members[i] for shape in batch for i in shape]
+        assert len({t.dtype for t in inside}) == 1
+        assert all(len({members[i].shape for i in shape}) == 1 for shape in batch)
+        assert len(inside) == 1 or sum(t.numel() * t.element_size() for t in inside) <= DRAW_BYTES
+    assert len({batch[0][0] for batch in batches}) == len(batches)  # each has a seed of its own
+
+
+def test_who_has_a_gradient_does_not_move_the_noise_of_the_others(monkeypatch):
+    monkeypatch.setattr(directions, "DRAW_BYTES", 200)  # of 4 bytes each: (a, b, e), (c, d), and f by itself
+    sizes = [(10,), (20,), (3, 4), (3, 5), (20,), (80,)]
+
+    def noise(without=()):
+        params = [nn.Parameter(torch.ones(size)) for size in sizes]
+        optimizer = torch.optim.SGD(params, lr=0.0)
+        S2SAM(optimizer, direction="random", generator=torch.Generator().manual_seed(2))
+        for i, p in enumerate(params):
+            p.grad = None if i in without else torch.ones_like(p)
+        optimizer.step()
+        return [optimizer.state[p].get(BUFFER) for p in params]
+
+    whole = noise()
+    assert abs(float(torch.cat([t.flatten() for t in whole]).std()) - 1) < 0.25
+    assert len({float(t.flatten()[0]) for t in whole}) == len(sizes)
+    for without in ({0}, {1, 3}, {4, 5}):
+        for i, (a, b) in enumerate(zip(whole, noise(without), strict=True)):
+            assert b is None if i in without else torch.equal(a, b)
 
 
 def test_noise_lives_where_a_weight_or_a_gradient_does():

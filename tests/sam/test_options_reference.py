@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from s2sam import S2SAM, sparsify
-from s2sam.sam.directions import DIRECTIONS, noise_seed
+from s2sam.sam.directions import DIRECTIONS, draw_batches, noise_seed
 from s2sam.sam.reference import ReferenceS2SAM
 from s2sam.sam.scales import SCALES
 
@@ -56,14 +56,22 @@ class Fast:
         return buffer.getvalue()
 
 
-def noise_of(optimizer):
+def noise_of(optimizer, inside):
     """What `direction="random"` draws: a function of the seed, the step and the place of the parameter."""
     seed = optimizer.param_groups[0]["s2sam_seed"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    members = {i: p for i, p in enumerate(params) if inside[i]}
+    batches = [[i for shape in batch for i in shape] for batch in draw_batches(members)]
+    assert max(map(len, batches)) > 1
 
     def noise(step):
-        generators = [torch.Generator().manual_seed(noise_seed(seed, step, i)) for i in range(len(params))]
-        return [torch.empty_like(p).normal_(generator=g) for p, g in zip(params, generators, strict=True)]
+        found = {i: torch.zeros_like(p) for i, p in enumerate(params)}
+        for batch in batches:
+            generator = torch.Generator().manual_seed(noise_seed(seed, step, batch[0]))
+            values = iter(torch.randn(sum(params[i].numel() for i in batch), generator=generator, dtype=torch.float64))
+            for i in batch:
+                found[i] = torch.stack([next(values) for _ in range(params[i].numel())]).reshape(params[i].shape)
+        return [found[i] for i in range(len(params))]
 
     return noise
 
@@ -79,13 +87,14 @@ def compare(name, options, build, in_scope=None):
     fast, twin = Fast(name, options, build()), build()
     names = [n for n, _ in twin.named_parameters()]
     rhos = [r * HIGHER.get(options["scale"], 1.0) for r in RHOS]
+    inside = in_scope or [p.dim() > 1 or options["scale"] != "filter" for p in twin.parameters()]
     ref = ReferenceS2SAM(
         snapshot(fast.net),
         lambda weights: FACTORIES[name]([{"params": [w], "rho": r} for w, r in zip(weights, rhos, strict=False)]),
         masks=[fast.sparsifier.masks.get(n) for n in names],
         factor=factor,
         scope=in_scope,
-        noise=noise_of(fast.optimizer) if options["direction"] == "random" else None,
+        noise=noise_of(fast.optimizer, inside) if options["direction"] == "random" else None,
         **{k: v for k, v in options.items() if k != "scope"},
     )
     schedule = [torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS) for o in (fast.optimizer, ref.optimizer)]

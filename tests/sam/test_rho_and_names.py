@@ -173,10 +173,67 @@ class NoRate(torch.optim.Optimizer):
         return None
 
 
-@pytest.mark.parametrize("value", [float("nan"), -0.5, float("inf"), None, "big"])
+@pytest.mark.parametrize("value", [float("nan"), -0.5, float("inf"), None, "big", torch.ones(2)])
 def test_a_schedule_that_returns_nonsense_names_the_step(value):
     net, optimizer, sam = attached(warm=3, rho=lambda t: value if t == 3 else 0.1)
     w = snapshot(net)
     with pytest.raises(ValueError, match=r"rho\(3\) must be a finite number >= 0, got"):
         net(X)
     assert same(net.parameters(), w) and not sam.is_displaced
+
+
+# steps that a GradScaler skips
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_schedule_keeps_to_the_time_of_the_run_through_missed_steps(fused, restored):
+    net, radii = make_net(torch.float32), []
+    optimizer = sgd(net.parameters(), fused=fused)
+    sam = S2SAM(optimizer, model=net, rho=rising(10))
+    scaler = torch.amp.GradScaler(device="cpu", init_scale=4.0)
+    for step, (x, y) in enumerate(make_data(10, torch.float32)):
+        assert sam.step == step
+        with sam.clean():
+            w = snapshot(net)
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+        radii.append(moved(net, w))
+        if step in (0, 3, 4, 8):
+            next(net.parameters()).grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if sam.step == step:
+            assert not fused and step in (0, 3, 4, 8)
+            sam.missed_step()
+        if restored:
+            sam.restore()
+        optimizer.zero_grad()
+    expected = [0.0, 0.0] + [t / 10 for t in range(2, 10)]  # step 0 is skipped, so step 1 has no direction
+    if not restored and not fused:  # an open window stays where it is
+        expected[4], expected[5], expected[9] = expected[3], expected[3], expected[8]
+    assert radii == pytest.approx(expected, rel=1e-4)
+    assert sam.stats["skipped"] == 4
+
+
+def test_a_missed_step_is_that_of_one_optimizer_and_asks_for_new_gradients():
+    net = make_net()
+    halves = [torch.optim.SGD([p], lr=0.1) for p in net.parameters()]
+    sam = S2SAM(halves, model=net)
+    batches = make_data(3)
+    F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
+    for half in halves:
+        half.step()
+    sam.missed_step(halves[1])
+    assert [half.param_groups[0]["s2sam_step"] for half in halves] == [1, 2, 1]
+    sam.missed_step()
+    assert [half.param_groups[0]["s2sam_step"] for half in halves] == [2, 3, 2]
+    with pytest.raises(ValueError, match="one of the optimizers that S2SAM was given"):
+        sam.missed_step(torch.optim.SGD(make_net().parameters(), lr=0.1))
+
+    net(batches[1][0])  # the window of a step that is then missed does not excuse clean gradients in the next one
+    sam.missed_step()
+    sam.restore()
+    net.eval()
+    F.cross_entropy(net(batches[2][0]), batches[2][1]).backward()
+    with pytest.raises(RuntimeError, match="clean weights"):
+        halves[0].step()

@@ -80,6 +80,25 @@ def test_a_failure_is_named_and_the_others_go_on(small, plan_of, console):
     assert (bad.config.folder / "letter.txt").read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_trained(small, plan_of, console, tmp_path):
+    (tmp_path / "letter").write_text("mine")
+    for out in (tmp_path / "letter", tmp_path / "letter" / "inside"):
+        with pytest.raises(ValueError, match="a file stands there; choose another --out"):
+            run_plan(plan_of(small, out=out), console=console)
+    assert "failed" not in console.file.getvalue()
+    assert (tmp_path / "letter").read_text() == "mine"
+
+
+def test_a_device_that_is_not_here_is_refused_unless_another_machine_trains(small, plan_of, console, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = plan_of(small, seeds=[0], device="cuda")
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        run_plan(plan, console=console)
+    assert not plan.out.exists()
+    table = run_plan(plan, console=console, runner=lambda configs, jobs: iter(()))
+    assert len(table.failed) == 2
+
+
 def test_another_runner_may_bring_the_outcomes(small, plan_of, console):
     plan = plan_of(small, seeds=[0])
 

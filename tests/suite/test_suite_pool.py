@@ -12,6 +12,7 @@ import time
 import pytest
 import yaml
 
+from s2sam.suite import pool
 from s2sam.suite.pool import cores, finished, reusable, run_here, train_one
 from s2sam.train.config import DataConfig, SamConfig, TrainConfig
 
@@ -46,6 +47,18 @@ def test_finished_means_the_same_settings_and_reusable_the_same_versions(tmp_pat
     (tmp_path / "a" / "env.json").write_text(json.dumps(env))
     assert finished(config)
     assert not reusable(config)
+
+
+def test_a_process_ended_from_outside_takes_only_its_own_run_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_train_in_worker", exec)  # the name of a run is a program, its result None
+    always = "import os; os.kill(os.getpid(), 9)"
+    once = f"import os, pathlib; p = pathlib.Path({str(tmp_path / 'once')!r}); p.exists() or (p.touch(), os._exit(1))"
+    fine = [f"import pathlib; pathlib.Path({str(tmp_path / str(i))!r}).touch()" for i in range(6)]
+    names = [once, fine[0], always, *fine[1:]]
+    outcomes = list(run_here({name: {} for name in names}, 2, fresh={}))
+    assert [outcome for outcome in outcomes if outcome] == [(always, None, pool.KILLED)]
+    assert len(outcomes) == len(names)
+    assert {path.name for path in tmp_path.iterdir()} == {"once", *map(str, range(6))}
 
 
 def test_there_is_a_core():
@@ -93,7 +106,7 @@ def test_ctrl_c_saves_what_is_under_way(tmp_path, small, jobs):
     process = begin(tmp_path, small, jobs)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.strip().splitlines()[-1]) == (130, "s2sam: interrupted")
+    assert (process.returncode, errors.strip()) == (130, "s2sam: interrupted")
     assert len(saved_steps(tmp_path)) == jobs
     assert min(saved_steps(tmp_path)) > 0
     assert not list(tmp_path.glob("out/runs/*/DONE"))

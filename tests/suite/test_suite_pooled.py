@@ -57,6 +57,28 @@ def test_it_covers_the_truth_as_often_as_it_says():
     assert 930 <= hits <= 970
 
 
+def linked_tables(correlation, repeats=600):
+    """Tables of 6 cells and 3 seeds without effects, in which the cells share a part of each seed's difference."""
+    rng = random.Random(1)
+    for _ in range(repeats):
+        shared = [rng.gauss(0, correlation**0.5) for _ in range(3)]
+        yield [[s + rng.gauss(0, (1 - correlation) ** 0.5) for s in shared] for _ in range(6)]
+
+
+def test_over_the_seeds_it_covers_also_where_seeds_link_the_cells():
+    found = [pooled_difference(cells) for cells in linked_tables(0.5)]
+    assert sum(p.interval.contains(0.0) for p in found) < 0.8 * len(found)
+    assert sum(p.over_seeds.contains(0.0) for p in found) > 0.92 * len(found)
+    assert statistics.median(p.correlation for p in found) == pytest.approx(0.4, abs=0.15)
+    assert abs(statistics.median(pooled_difference(cells).correlation for cells in linked_tables(0.0))) < 0.1
+    assert sum(p.shows != 0 for p in found) < 0.08 * len(found)
+
+
+def test_cells_of_different_length_have_no_interval_over_the_seeds():
+    found = pooled_difference([[0.1, 0.4, 0.2], [0.0, 0.3]])
+    assert (found.over_seeds, found.correlation, found.shows) == (None, None, 0)
+
+
 def test_without_two_seeds_there_is_no_interval():
     found = pooled_difference([[0.1], [0.3]])
     assert (found.mean, found.interval, found.deviation, found.shows) == (pytest.approx(0.2), None, None, 0)

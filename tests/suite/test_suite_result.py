@@ -88,13 +88,13 @@ def test_one_seed_has_no_interval_and_says_so(small, plan_of, table_of):
 
 
 def test_missing_rows_stay_in_the_table(small, plan_of, table_of):
-    small["rows"]["Chase"] = {"method": "chase"}
-    table = table_of(plan_of(small | {"planned": ["chase"]}))
-    assert "Missing: the method chase does not exist here yet." in to_markdown(table)
-    line = next(line for line in to_markdown(table).splitlines() if line.startswith("| Chase"))
+    small["rows"]["Some"] = {"method": "some-day"}
+    table = table_of(plan_of(small | {"planned": ["some-day"]}))
+    assert "Missing: the method some-day does not exist here yet." in to_markdown(table)
+    line = next(line for line in to_markdown(table).splitlines() if line.startswith("| Some"))
     assert line.count("missing") == 2
-    assert "the method chase does not exist here yet" in cells_csv(table)
-    assert 'class="absent" title="missing: the method chase' in render(table)
+    assert "the method some-day does not exist here yet" in cells_csv(table)
+    assert 'class="absent" title="missing: the method some-day' in render(table)
     assert len(list(to_rich(table))) == 1
 
 
@@ -107,7 +107,8 @@ def test_a_failed_run_takes_its_column_out_and_is_named(small, plan_of, invented
     table = build_accuracy(plan, runs, {broken: "RuntimeError: training diverged"})
     entry = next(e for e in table.entries if e.cell.row == "SET" and e.column == "S2-SAM")
     assert (entry.center, entry.difference, entry.state) == (None, None, "1 of 2 runs failed")
-    assert table.pooled["S2-SAM"].cells == 1
+    assert (table.pooled["S2-SAM"].cells, table.pooled["S2-SAM"].planned) == (1, 2)
+    assert "S2-SAM minus SGD, mean over 1 of 2 cells: +2.00 points" in to_markdown(table)
     assert table.comparisons == 1
     assert f"Failed: {broken.name}: RuntimeError: training diverged" in to_markdown(table)
     assert "failed: RuntimeError: training diverged" in runs_csv(table)
@@ -134,6 +135,60 @@ def test_several_versions_or_data_are_said_on_the_table(small, plan_of, invented
     notes = " ".join(build_accuracy(plan, runs, {}).notes)
     assert "made by 2 versions of the code: s2sam 0.1.0, torch 2.13.0, commit beef-dirty (1 runs); s2sam 0.1.0" in notes
     assert "trained on 2 different sets of images: d1 (3 runs), d2 (1 runs)" in notes
+    assert "kinds of machine" not in notes
+
+
+def test_a_run_that_went_on_elsewhere_says_so(small, plan_of, invented):
+    plan = plan_of(small)
+    runs = {p: invented(p, TOP1[p.column, p.config.seed]) for p in plan.runs()}
+    first, second, *_ = runs
+    old = {"versions": {"s2sam": "0.1.0", "torch": "2.13.0"}, "git_commit": "c0ffee", "hardware": {"cpu": "A"}}
+    runs[first] = invented(first, 0.9, env=old | {"resumed": [old, old | {"git_commit": "beef"}]})
+    runs[second] = invented(second, 0.91, env={"hardware": {"cpu": "A", "gpu": "B"}})
+    notes = " ".join(build_accuracy(plan, runs, {}).notes)
+    assert "made by 2 versions of the code: s2sam 0.1.0, torch 2.13.0, commit c0ffee, then s2sam 0.1.0, torch" in notes
+    assert "3 kinds of machine, which round differently: A (1 runs); B (1 runs); unknown (2 runs)" in notes
+
+
+def test_another_sparsity_than_that_of_the_cell_is_said(small, plan_of, invented):
+    plan = plan_of(small)
+    runs = {p: invented(p, TOP1[p.column, p.config.seed]) for p in plan.runs()}
+    assert not any("another sparsity" in note for note in build_accuracy(plan, runs, {}).notes)
+    first = next(iter(runs))
+    runs[first] = invented(first, 0.9, sparsity=0.893)
+    assert (
+        "Ended at another sparsity than that of their cell: digits, Static 90 %, SGD: 89.30 %."
+        in build_accuracy(plan, runs, {}).notes
+    )
+
+
+def linked(small, plan_of, table_of, effect, noise):
+    """A table of 3 rows and 3 seeds; the difference is `effect` plus that of the seed plus a little that alternates."""
+    small["rows"] |= {"SET": {"method": "set"}, "RigL": {"method": "rigl"}}
+    small["seeds"] = [0, 1, 2]
+    plan = plan_of(small)
+    table = {("SGD", s): 0.5 for s in small["seeds"]} | {("S2-SAM", s): 0.5 + effect + noise[s] for s in range(3)}
+    return table_of(plan, table)
+
+
+def test_a_difference_that_only_holds_if_cells_are_independent_is_said_so(small, plan_of, table_of):
+    # three equal cells: the first interval is 1 +- 2.45 * .02 / 3 * ..., the second that of one cell, df 2
+    table = linked(small, plan_of, table_of, 0.01, [-0.01, 0.0, 0.01])
+    pooled, cell = table.pooled["S2-SAM"], table.entries[1].paired
+    assert pooled.correlation == pytest.approx(1.0)
+    assert pooled.over_seeds.half_width == pytest.approx(cell.interval.half_width)
+    assert pooled.interval.low > 0 > pooled.over_seeds.low and pooled.shows == 0
+    sentence = next(line for line in to_markdown(table).splitlines() if "minus SGD" in line)
+    assert sentence == (
+        "- S2-SAM minus SGD, mean over 3 cells: +1.00 points, 95 % interval [+0.18, +1.82], df 6, if the cells are "
+        "independent, and [-1.48, +3.48], df 2, whatever links them; their correlation over seeds is 1.00: higher if "
+        "they are, else not shown."
+    )
+    row = next(row for row in csv.DictReader(io.StringIO(cells_csv(table))) if row["block"] == "pooled")
+    assert (float(row["low_over_seeds"]), row["shows"]) == (pytest.approx(-0.014841, abs=1e-6), "0")
+    sure = linked(small, plan_of, table_of, 0.05, [-0.01, 0.0, 0.01])
+    assert sure.pooled["S2-SAM"].shows == 1
+    assert "whatever links them; their correlation over seeds is 1.00: higher." in to_markdown(sure)
 
 
 def test_a_badly_tuned_reference_is_called_out_at_full_budget(small, tmp_path, table_of):
@@ -145,6 +200,8 @@ def test_a_badly_tuned_reference_is_called_out_at_full_budget(small, tmp_path, t
         note.startswith("Tripwire: digits, Static 90 %, SGD reaches 91.00 %, below the 95 %") for note in full.notes
     )
     assert not any(note.startswith("Tripwire") for note in smoke.notes)
+    assert "1 SGD are below what a well-tuned pipeline reaches, so nothing below counts" in render(full)
+    assert "nothing below counts" not in render(smoke)
 
 
 def test_impossible_differences_are_cut_off(small, plan_of, table_of):
@@ -162,6 +219,7 @@ def test_scaling_and_stand_in_are_printed_on_the_table(small, plan_of, table_of)
         "Scaled by --budget smoke, so these are not the numbers of Table 0: data cifar10 -> digits; epochs 100 -> 1."
         in markdown
     )
+    assert "Fewer epochs reward fast optimisation" in markdown
     assert "stand in for the data of the table" in markdown
     assert "nothing below is evidence" in render(table_of(plan_of(small, budget="smoke")))
     assert "nothing below is evidence" not in render(table_of(plan_of(small | {"base": {}})))

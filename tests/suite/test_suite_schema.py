@@ -50,6 +50,8 @@ def test_s2sam_is_that_of_the_paper_whatever_the_defaults_become(name):
         ({"rows": {"RigL": {"metod": "rigl"}}}, "unknown key 'metod' in the row RigL; did you mean 'method'?"),
         ({"base": {"model": "resnet23"}}, "unknown model 'resnet23'; did you mean"),
         ({"base": {"data": "cifar1"}}, "unknown data 'cifar1'; did you mean 'cifar10'?"),
+        ({"planned": "chase"}, "planned must be a list"),
+        ({"tripwires": {"digits": {"Static": ["high"]}}}, "need one accuracy in % for each sparsity"),
         ({"measure": "acuracy"}, "unknown measure 'acuracy'; did you mean 'accuracy'?"),
         ({"reference": "SDG"}, "unknown reference column 'SDG'; did you mean 'SGD'?"),
         ({"budgets": {"smok": {}}}, "unknown budget 'smok'; did you mean 'smoke'?"),
@@ -81,6 +83,12 @@ def test_a_key_that_is_needed_is_named(small, key):
     del small[key]
     with pytest.raises(ValueError, match=f"lacks the key {key}"):
         parse_suite(small)
+
+
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "t.yaml").write_bytes(b"\xff\xfe\x00title")
+    with pytest.raises(ValueError, match=r"t.yaml is no text in UTF-8"):
+        load_suite(tmp_path / "t.yaml")
 
 
 def test_a_planned_name_is_no_typo(small):

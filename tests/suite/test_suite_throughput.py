@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 
+from s2sam.cli.table import dry_run
 from s2sam.report.stats import median_interval
 from s2sam.suite.execute import run_plan
 from s2sam.suite.text import runs_csv, to_markdown
@@ -42,7 +43,7 @@ def test_few_rounds_have_no_interval(speed, plan_of):
     assert build_throughput(plan, {plan.cells[0]: rounds}).entries[1].interval is None
 
 
-def test_it_measures_once_and_reads_afterwards(speed, plan_of, console):
+def test_it_measures_once_and_reads_afterwards(speed, plan_of, console, capsys):
     plan = plan_of(speed)
     with pytest.raises(ValueError, match=r"not measured yet: digits, Static 90 %"):
         run_plan(plan, console=console, read_only=True)
@@ -53,6 +54,9 @@ def test_it_measures_once_and_reads_afterwards(speed, plan_of, console):
     assert content["environment"]["hardware"]["threads"] == 1 or content["environment"]["hardware"]["threads"] > 0
     again = run_plan(plan_of(speed), console=console, read_only=True)
     assert to_markdown(again) == to_markdown(table)
+    assert any(note.startswith("All runs were made by s2sam ") for note in table.notes)
+    assert dry_run(plan) == 0
+    assert capsys.readouterr().out == f"measured\t{path}\n1 cells, 1 measured\n"
     assert len(runs_csv(table).splitlines()) == 1 + 3 * 3
     speed["base"]["batch_size"] = 32
     with pytest.raises(ValueError, match="not measured yet"):
@@ -67,6 +71,6 @@ def test_a_round_holds_a_change_of_the_topology(small, plan_of):
 
 
 def test_missing_cells_are_not_measured(speed, plan_of, console):
-    speed["rows"] = {"Chase": {"method": "chase"}}
-    table = run_plan(plan_of(speed | {"planned": ["chase"]}), console=console)
-    assert {entry.state for entry in table.entries} == {"missing: the method chase does not exist here yet"}
+    speed["rows"] = {"Some": {"method": "some-day"}}
+    table = run_plan(plan_of(speed | {"planned": ["some-day"]}), console=console)
+    assert {entry.state for entry in table.entries} == {"missing: the method some-day does not exist here yet"}

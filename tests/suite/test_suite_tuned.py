@@ -10,7 +10,7 @@ import pytest
 from s2sam.suite.execute import run_plan
 from s2sam.suite.schema import parse_suite
 from s2sam.suite.text import runs_csv, to_markdown
-from s2sam.suite.tuned import check_tuned, choose, plan_trials
+from s2sam.suite.tuned import check_tuned, choose, edge_notes, plan_trials
 
 GRIDS = {"SGD": {"lr": [0.05, 0.1]}, "S2-SAM": {"rho": [0.01, 0.05]}}
 
@@ -32,6 +32,7 @@ def test_unequal_searches_are_refused(searched):
         ({"SGD": {"lr": [0.1]}}, "S2-SAM has none"),
         (GRIDS | {"SGD": {"epochs": [1, 2]}}, "unknown key to tune in the grid of SGD 'epochs'"),
         (GRIDS | {"SGD": {"data_options.train_size": [1, 2]}}, "unknown key to tune"),
+        (GRIDS | {"SGD": {"lr": [0.1, 0.1]}}, "lr in the grid of SGD has a value twice"),
     ],
 )
 def test_searches_that_are_not_fair_are_refused(searched, grids, sentence):
@@ -66,6 +67,16 @@ def test_validation_chooses_and_test_accuracy_does_not(searched, plan_of, invent
     }  # fmt: skip
 
 
+def test_choices_on_an_edge_of_the_grid_are_said(searched, plan_of, invented):
+    searched["tuned"]["grids"] = {"SGD": {"lr": [0.05, 0.1, 0.2]}, "S2-SAM": {"rho": [0.01, 0.02, 0.05]}}
+    plan = plan_of(searched, mode="tuned")
+    best = {"SGD": 2, "S2-SAM": 1}
+    runs = {p: invented(p, 0.5, val_top1=float(p.trial == best[p.column])) for p in plan_trials(plan)}
+    notes = edge_notes(plan, choose(plan, runs))
+    assert len(notes) == 1
+    assert notes[0].startswith("On the edge of its grid: SGD chose lr 0.2 in 1 of 1 cells")
+
+
 def test_ties_go_to_the_first_and_failed_trials_are_out(searched, plan_of, invented):
     plan = plan_of(searched, mode="tuned")
     trials = plan_trials(plan)
@@ -89,6 +100,7 @@ def test_the_table_declares_the_search(searched, plan_of, console):
         in markdown
     )
     assert "on the screening seeds 7" in markdown
+    assert "not of searching again" in markdown
     assert "Mode matched" not in markdown
     lines = list(csv.DictReader(io.StringIO(runs_csv(table))))
     assert [(line["trial"], line["seed"]) for line in lines if line["column"] == "SGD"] == [

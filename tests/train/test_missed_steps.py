@@ -17,7 +17,7 @@ from s2sam.sparse.base import Sparsifier
 from s2sam.train import loop
 from s2sam.train import step as step_module
 from s2sam.train.checkpoint import load_checkpoint
-from s2sam.train.config import DataConfig, OptimConfig, SparseConfig, TrainConfig
+from s2sam.train.config import DataConfig, OptimConfig, SamConfig, SparseConfig, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from forked import forked, run, same
@@ -114,3 +114,17 @@ def test_killed_between_skipped_steps_it_is_still_the_unbroken_run(tmp_path, mon
         assert same(a[key], b[key]), key
     assert topology(tmp_path / "whole") == topology(tmp_path / "broken")
     assert active(tmp_path / "whole") == active(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("steps", [{7}, {0, 3, 4}])
+def test_a_schedule_of_rho_keeps_to_the_time_of_the_run(tmp_path, monkeypatch, steps):
+    sam = SamConfig(rho_schedule="rising", stats_every=1)
+    config = dataclasses.replace(TINY, precision="fp16", sharpness="s2sam", sam=sam, out=str(tmp_path / "run"))
+    poison(monkeypatch, steps)
+    run(config)
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert saved["optimizer"]["param_groups"][0]["s2sam_step"] == STEPS
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["displacement"] for row in rows if row["kind"] == "step" and "displacement" in row}
+    taken = [step for step in range(2 if 0 in steps else 1, STEPS) if step not in steps]
+    assert [found[step] for step in taken] == pytest.approx([config.rho * step / STEPS for step in taken], rel=1e-3)

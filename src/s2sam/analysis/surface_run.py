@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import pickle
-import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.train.config import TrainConfig
 from s2sam.train.finished import WEIGHTS, load_images, load_model, read_folder
+from s2sam.train.processes import in_processes
 from s2sam.train.seeding import derive
 from s2sam.train.state import choose_device
 
@@ -160,7 +158,7 @@ def measure(
     surface.save(path)  # a place that cannot be written is known now, not after hours
     saved = time.monotonic()
     try:
-        with closing(in_processes(landscape, todo, jobs) if jobs > 1 else here(landscape, todo)) as found:
+        with closing(elsewhere(landscape, todo, jobs) if jobs > 1 else here(landscape, todo)) as found:
             for count, point in enumerate(found, surface.loss.size - len(todo) + 1):
                 surface.put(*point)
                 on_point(count)
@@ -179,52 +177,26 @@ def here(landscape: Landscape, points: Iterable[Point]) -> Generator[Measured, N
             yield (point, *landscape.at(point))
 
 
-def in_processes(landscape: Landscape, points: Sequence[Point], jobs: int) -> Generator[Measured, None, None]:
+def elsewhere(landscape: Landscape, points: Sequence[Point], jobs: int) -> Generator[Measured, None, None]:
     """The points as they come from `jobs` processes, which end with the caller."""
-    strangers = set(multiprocessing.active_children())
     threads = max(1, torch.get_num_threads() // jobs)
-    pool = ProcessPoolExecutor(
-        min(jobs, len(points)), mp_context=multiprocessing.get_context("spawn"), initializer=_begin,
-        initargs=(pickle.dumps(landscape), threads),
-    )  # fmt: skip
-    with pool:
+    tasks = {point: (point,) for point in points}
+    with closing(in_processes(_at, tasks, jobs, begin=_begin, given=(pickle.dumps(landscape), threads))) as done:
         try:
-            with _interrupts_later():
-                futures = [pool.submit(_at, point) for point in points]
-            for future in as_completed(futures):
+            for _, future in done:
                 yield future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a process that measured points was ended from outside; free some memory or take fewer --jobs, then "
                 "run the same command again to go on"
             ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - strangers:
-                child.terminate()
-                child.join()
-            raise
-
-
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """A Ctrl-C within the block comes when it ends; processes that begin there, which inherit this, never see one."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _open: list[Any] = []  #: in a worker: its landscape, opened once, and what keeps it open
 
 
 def _begin(landscape: bytes, threads: int) -> None:
-    """In a worker: open its copy of the landscape. Ctrl-C is the business of its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: open its copy of the landscape."""
     torch.set_num_threads(threads)
     mine = pickle.loads(landscape).open()
     _open[:] = [mine.__enter__(), mine]

@@ -53,8 +53,8 @@ def run(argv: list[str]) -> int:
     from s2sam.analysis.surface import SurfaceSettings
     from s2sam.analysis.surface_run import load_common, measure, open_run
     from s2sam.report.surface_plots import cut_points, draw_profiles, draw_surfaces
-    from s2sam.suite.pool import terminable
     from s2sam.train.atomic import write_text
+    from s2sam.train.processes import terminable
 
     settings = SurfaceSettings(
         points=args.points, span=args.span, pairs=args.pairs, dims=args.dims, bn=args.bn, seed=args.seed
@@ -107,7 +107,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress(console: Console, unit: str = "points") -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Gives a function that begins a run's progress: a bar with the time left on a terminal, else a line at the end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -120,7 +120,7 @@ def progress(console: Console) -> Iterator[Callable[[str, int], Callable[[int], 
             def on_point(done: int) -> None:
                 bar.update(task, completed=done)
                 if done == total and not console.is_terminal:
-                    console.print(f"{label}: {total:,} points", markup=False, soft_wrap=True)
+                    console.print(f"{label}: {total:,} {unit}", markup=False, soft_wrap=True)
 
             return on_point
 

@@ -144,14 +144,21 @@ def launcher(name: str, plan: Plan, options: dict[str, str]) -> Runner | None:
 
 
 def dry_run(plan: Plan) -> int:
-    """Print what is missing, what is scaled, and each run with its state."""
+    """Print what is missing, what is scaled, and each run (or cell of a table of speed) with its state."""
     from s2sam.suite.execute import is_done
+    from s2sam.suite.throughput import is_measured, path_of
     from s2sam.suite.tuned import plan_trials
 
     for sentence in plan.missing:
         print(f"missing: {sentence}")
     for change in plan.scaled:
         print(f"scaled: {change}")
+    if plan.suite.measure == "throughput":
+        measured = [is_measured(plan, cell) for cell in plan.runnable]
+        for cell, done_already in zip(plan.runnable, measured, strict=True):
+            print(f"{'measured' if done_already else 'to do'}\t{path_of(plan, cell)}")
+        print(f"{len(measured)} cells, {sum(measured)} measured")
+        return 0
     tuned = plan.mode == "tuned"
     planned = plan_trials(plan) if tuned else plan.runs()
     done = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from s2sam.sam.blocks import Flag
-from s2sam.sam.displacement import copy_unless_, pieces
-from s2sam.tensors import by_kind
+from s2sam.sam.displacement import SCRATCH_BYTES, copy_unless_, pieces
+from s2sam.tensors import alike, by_kind
 
 KEY = "s2sam_buffer"  #: name of the buffer b in optimizer.state[p]
 EMA, SEED = "s2sam_ema", "s2sam_seed"  #: what "ema" keeps in optimizer.state[p], and "random" in param_groups[0]
+DRAW_BYTES = SCRATCH_BYTES // 2  #: of noise drawn at once
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 
 
@@ -47,6 +49,7 @@ class News:
     group: dict[str, Any]  #: param_groups[0]
     step: int
     flag: Flag | None
+    members: dict[int, Tensor] = field(default_factory=dict)  #: all parameters in scope, by their places
     plain: list[Row] = field(default_factory=list)
     conditional: list[Row] = field(default_factory=list)
     gone: list[Row] = field(default_factory=list)  #: parameters that got no gradient
@@ -97,12 +100,12 @@ class Random(Gradient):
     r"""d ~ N(0, 1) on active coordinates, new in every step, in b itself: the control of equal norm.
 
     A coordinate is active if its gradient or its weight is not 0: pruned ones have neither, just-regrown ones have a
-    gradient. The draw for a parameter is a function of (seed, step, place of the parameter), so nothing but the seed
-    needs saving, and whatever happens to the other parameters does not move it. The seed is drawn from the generator,
-    is rank 0's on all ranks, and is kept in `param_groups[0]["s2sam_seed"]`.
+    gradient. Parameters are drawn in the batches of :func:`draw_batches`, each a function of (seed, step, place of its
+    first parameter), so nothing but the seed needs saving, and who has a gradient does not move a draw. The seed is
+    drawn from the generator, is rank 0's on all ranks, and is kept in `param_groups[0]["s2sam_seed"]`.
 
-    Cost: no further buffer; a draw per parameter and about 40 bytes. In a fused step that closes no window (rho = 0)
-    one copy of the parameters for a moment.
+    Cost: no further buffer; a draw per batch, two views for each shape in it, and about 64 bytes. In a fused step that
+    closes no window (rho = 0) one copy of the parameters for a moment.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
@@ -130,16 +133,34 @@ class Random(Gradient):
         return out
 
     def _draw(self, news: News, rows: list[Row], out: list[Tensor]) -> None:
-        for row, noise in zip(rows, out, strict=True):
-            if noise.device not in self._generators:
-                self._generators[noise.device] = torch.Generator(noise.device)
-            generator = self._generators[noise.device].manual_seed(noise_seed(news.group[SEED], news.step, row.index))
-            noise.normal_(generator=generator)
-        for noise_part, g, w in pieces(out, [row.g for row in rows], [row.p for row in rows]):
-            active = torch._foreach_abs(g)
-            torch._foreach_add_(active, torch._foreach_abs(w))
-            torch._foreach_sign_(active)
-            torch._foreach_mul_(noise_part, active)
+        wanted = {row.index: (row, b) for row, b in zip(rows, out, strict=True)}
+        for batch in draw_batches(news.members):
+            chosen = [wanted[i] for shape in batch for i in shape if i in wanted]
+            if not chosen:
+                continue
+            noise = self._noise(news, batch, chosen[0][1])
+            lists = [noise[row.index] for row, _ in chosen], [row.g for row, _ in chosen], [row.p for row, _ in chosen]
+            for drawn, g, w, b in pieces(*lists, [b for _, b in chosen]):
+                active = torch._foreach_abs(g)
+                torch._foreach_add_(active, torch._foreach_abs(w))
+                torch._foreach_sign_(active)
+                torch._foreach_mul_(active, drawn)
+                torch._foreach_copy_(b, list(active))
+
+    def _noise(self, news: News, batch: list[list[int]], alone: Tensor) -> dict[int, Tensor]:
+        """The noise of each parameter of a batch, as parts of one draw; if there is but one, `alone` takes it."""
+        groups = [[news.members[i] for i in shape] for shape in batch]
+        first, sizes = groups[0][0], [len(group) * group[0].numel() for group in groups]
+        if first.device not in self._generators:
+            self._generators[first.device] = torch.Generator(first.device)
+        generator = self._generators[first.device].manual_seed(noise_seed(news.group[SEED], news.step, batch[0][0]))
+        if len(batch) == len(batch[0]) == 1:
+            return {batch[0][0]: alone.normal_(generator=generator)}
+        flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device).normal_(generator=generator)
+        found: dict[int, Tensor] = {}
+        for shape, group, part in zip(batch, groups, torch.split(flat, sizes), strict=True):
+            found.update(zip(shape, part.view(len(group), *group[0].shape).unbind(), strict=True))
+        return found
 
 
 class Momentum(Gradient):
@@ -223,8 +244,35 @@ def where_it_is(p: Tensor, state: dict[str, Any] | None, key: str) -> Tensor | N
     return t
 
 
+def draw_batches(members: Mapping[int, Tensor]) -> list[list[list[int]]]:
+    """Which parameters, by their places, are drawn together: batches of one device and dtype, shape by shape.
+
+    A batch has at most DRAW_BYTES, or one parameter.
+
+    >>> draw_batches({0: torch.zeros(2), 1: torch.zeros(3), 3: torch.zeros(2), 4: torch.zeros(2).half()})
+    [[[0, 3], [1]], [[4]]]
+    """
+    places, tensors = list(members), list(members.values())
+    open_batches: dict[tuple[torch.device, torch.dtype], tuple[list[list[int]], int]] = {}
+    batches: list[list[list[int]]] = []
+    for chosen in alike(tensors):
+        first = tensors[chosen[0]]
+        kind, size = (first.device, first.dtype), first.numel() * first.element_size()
+        new_shape = True
+        for i in chosen:
+            batch, used = open_batches.get(kind, ([], 0))
+            if not batch or used + size > DRAW_BYTES:
+                batch, used, new_shape = [], 0, True
+                batches.append(batch)
+            if new_shape:
+                batch.append([])
+            batch[-1].append(places[i])
+            open_batches[kind], new_shape = (batch, used + size), False
+    return batches
+
+
 def noise_seed(seed: int, step: int, index: int) -> int:
-    """The seed of one draw: that of parameter `index` of an optimizer after its step `step` (counted from 0)."""
+    """The seed of one draw: that of the batch which parameter `index` begins, after step `step` (counted from 0)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()[:8], "little") >> 1
 
 

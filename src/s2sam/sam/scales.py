@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from s2sam.sam.displacement import pieces
-from s2sam.sam.norms import constant, real, total_norm, widen
+from s2sam.sam.norms import FLOOR, constant, real, total_norm, widen
+from s2sam.tensors import alike
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Scale:
     def shaped(self, d: list[Tensor], w: list[Tensor]) -> list[Tensor]:
         """The vector that c multiplies, as new tensors unless `plain`."""
         if self.filters:
-            return [filterwise(dd, ww) for dd, ww in zip(d, w, strict=True)]
+            return filterwise(d, w)
         if self.power == 0:
             return d
         conjugate = [t.conj() for t in w] if w[0].is_complex() else w
@@ -80,20 +82,32 @@ def fixed(radius: float, p: Tensor) -> Tensor:
     return constant(radius, p.device, real(p))
 
 
-def filterwise(d: Tensor, w: Tensor) -> Tensor:
+def filterwise(d: Sequence[Tensor], w: Sequence[Tensor]) -> list[Tensor]:
     """||w_f|| d_f / ||d_f|| for every slice f of dim 0, 0 where d_f is 0; all 0 if there are fewer than 2 dims.
 
-    Cost: about 6 calls a tensor; it has no foreach kernel.
+    Tensors of one shape are stacked, as no kernel for lists takes norms of slices. Norms below 1e-19 count as that.
+
+    Cost: 8 calls for each shape, dtype and device (in half precision 11), and 24 bytes per entry (8 less for a shape
+    that occurs once); at once, twice the largest stack.
 
     Example:
-        >>> filterwise(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0, 10.0], [1.0, 1.0]]))
-        tensor([[6., 8.],
-                [0., 0.]])
+        >>> filterwise([torch.tensor([[3.0, 4.0], [0.0, 0.0]])], [torch.tensor([[0.0, 10.0], [1.0, 1.0]])])
+        [tensor([[6., 8.],
+                [0., 0.]])]
     """
-    if d.dim() < 2:
-        return torch.zeros_like(d)
-    rest, wide = tuple(range(1, d.dim())), widen(d)
-    length = torch.linalg.vector_norm(wide, dim=rest, keepdim=True)
-    ratio = torch.linalg.vector_norm(widen(w), dim=rest, keepdim=True) / length
-    e: Tensor = wide * ratio.nan_to_num(0.0, 0.0, 0.0)
-    return e.to(d.dtype)
+    out: dict[int, Tensor] = {}
+    for chosen in alike(d):
+        here, shape = [d[i] for i in chosen], d[chosen[0]].shape
+        if len(shape) < 2:
+            out.update((i, torch.zeros_like(d[i])) for i in chosen)
+            continue
+        rest, wide = tuple(range(2, len(shape) + 1)), widen(_stack(here))
+        size = torch.linalg.vector_norm(widen(_stack([w[i] for i in chosen])), dim=rest, keepdim=True)
+        length = torch.linalg.vector_norm(wide, dim=rest, keepdim=True)
+        e = (wide * (size / length.clamp_min_(FLOOR))).to(here[0].dtype)
+        out.update(zip(chosen, e.unbind(), strict=True))
+    return [out[i] for i in range(len(d))]
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)

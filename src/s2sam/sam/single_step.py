@@ -252,7 +252,35 @@ class S2SAM:
         step, displacement ||x - w||, projection (of x - w on the intended direction), gradient_norm (unscaled, of
         active weights), alignment (cosine of g_t and the direction used), skipped (steps so far), decay_share.
         """
-        return self._stats.read(self._slots[0].step)
+        return self._stats.read(self.step)
+
+    @property
+    def step(self) -> int:
+        """Steps of the (first) optimizer, taken or skipped: what a schedule of rho is asked with."""
+        return self._slots[0].step
+
+    def missed_step(self, optimizer: Optimizer | None = None) -> None:
+        """Count a step that never reached `optimizer.step()` (of that one; None = of all), so that schedules go on.
+
+        A GradScaler that meets an overflow does not call an optimizer that is not fused, so no hook hears of the step.
+        After `scaler.step(optimizer); scaler.update()` say `if sam.step == before: sam.missed_step()`. Weights,
+        direction and an open window stay as they are; `stats` counts the step as skipped.
+
+        Raises:
+            ValueError: `optimizer` is none of those given to S2SAM.
+
+        Example:
+            >>> sam = S2SAM(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+            >>> sam.missed_step()
+            >>> sam.step, sam.stats["skipped"]
+            (1, 1.0)
+        """
+        if optimizer is not None and optimizer not in self.optimizers:
+            raise ValueError("missed_step() takes one of the optimizers that S2SAM was given, or none for all")
+        for slot in self._slots:
+            if optimizer is None or slot.optimizer is optimizer:
+                slot.count()
+                self._stats.count_skips(1)
 
     def remove(self) -> None:
         """Restore the weights and take everything off model and optimizers again."""

@@ -172,6 +172,7 @@ class Slot:
             if p not in self.scope:
                 self._seen.update((id(p),) if p.grad is not None else ())
                 continue
+            news.members[index] = p
             b = self.buffer(p)
             if p.grad is None:
                 if b is not None:
@@ -195,10 +196,14 @@ class Slot:
                     joined[id(old)] = flag if old is None else Flag(old.set * flag.set)
                 twin.flag = joined[id(old)]
 
-    def end_step(self) -> None:
-        """Count the step; what twins there are belong to the weights as they are now."""
+    def count(self) -> None:
+        """A step is over; the gradients of the next one have yet to be taken."""
         self.optimizer.param_groups[0][STEP] = self.step + 1
         self.fresh = False
+
+    def end_step(self) -> None:
+        """Count the step; what twins there are belong to the weights as they are now."""
+        self.count()
         for p in self.parameters() if self.twins else ():
             if id(p) in self.twins:
                 self.twins[id(p)].version = p._version

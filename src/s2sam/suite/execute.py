@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s2sam.report.read import Run, read_run
 from s2sam.suite.plan import Plan, Planned
 from s2sam.suite.pool import Outcome, finished, train_all
-from s2sam.suite.result import SuiteTable, build_accuracy, failure_notes, provenance
-from s2sam.suite.throughput import build_throughput, measure_cells
-from s2sam.suite.tuned import choose, plan_trials
+from s2sam.suite.provenance import provenance
+from s2sam.suite.result import SuiteTable, build_accuracy, failure_notes
+from s2sam.suite.throughput import build_throughput, environments, measure_cells
+from s2sam.suite.tuned import choose, edge_notes, plan_trials
+from s2sam.suite.write import make_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +37,8 @@ def run_plan(
         read_only: train nothing.
 
     Raises:
-        ValueError: a folder holds a finished run of other settings; or with `read_only` runs are missing: they are
-            named.
+        ValueError: a folder holds a finished run of other settings; nothing can be written, or there is no such device;
+            or with `read_only` runs are missing: they are named.
 
     Example:
         >>> import io, tempfile
@@ -53,12 +55,19 @@ def run_plan(
         >>> [(entry.column, entry.n) for entry in table.entries]
         [('SGD', 1), ('S2-SAM', 1)]
     """
+    from s2sam.train.state import choose_device
+
+    trials = plan_trials(plan) if plan.mode == "tuned" else []
+    if not read_only:
+        if runner is None:  # elsewhere there may be other devices
+            choose_device(plan.device)
+        make_folder(plan.out)
     if plan.suite.measure == "throughput":
-        return build_throughput(plan, measure_cells(plan, console, read_only=read_only))
+        rounds = measure_cells(plan, console, read_only=read_only)
+        return build_throughput(plan, rounds, environments(plan))
     if plan.mode == "matched":
         runs, failed = ensure(plan.runs(), console=console, jobs=jobs, runner=runner, read_only=read_only)
-        return build_accuracy(plan, runs, failed)
-    trials = plan_trials(plan)
+        return build_accuracy(plan, runs, failed, robust=_robust(plan, runs, console, read_only))
     tried, broken = ensure(trials, console=console, jobs=jobs, runner=runner, read_only=read_only)
     choices = choose(plan, tried) if trials else {}
     final = plan.runs({key: choice.settings for key, choice in choices.items()})
@@ -67,7 +76,8 @@ def run_plan(
     remarks += [f"Screening: {note}" for note in provenance(tried) if "All runs" not in note]
     texts = {key: choice.text for key, choice in choices.items()}
     remarks += [f"Chosen for {cell.label}, {column}: {text}." for (cell, column), text in texts.items()]
-    table = build_accuracy(plan, runs, failed, texts, remarks)
+    remarks += edge_notes(plan, choices)
+    table = build_accuracy(plan, runs, failed, texts, remarks, robust=_robust(plan, runs, console, read_only))
     return replace(table, screening=tried, screening_failed=broken)
 
 
@@ -122,6 +132,17 @@ def is_done(planned: Planned) -> bool:
     raise ValueError(f"{folder} holds a finished run with other settings: {different}; choose another --out")
 
 
+def _robust(
+    plan: Plan, runs: Mapping[Planned, Run], console: Console, read_only: bool
+) -> dict[Planned, dict[str, Any]] | None:
+    """The robustness of the runs if the table is about it; that is measured here and not by a launcher."""
+    if plan.suite.measure != "robustness":
+        return None
+    from s2sam.suite.robust import measure_robustness
+
+    return measure_robustness(plan, runs, console, read_only=read_only)
+
+
 def _declared(plan: Plan, trials: int) -> list[str]:
     tuned = plan.suite.tuned
     if tuned is None or not trials:
@@ -134,5 +155,6 @@ def _declared(plan: Plan, trials: int) -> list[str]:
     return [
         f"Mode tuned: in every cell each column tried {per_arm} settings ({grids}) on the screening seeds "
         f"{', '.join(map(str, tuned.seeds))}; the mean validation accuracy of the last epoch chose, the test images "
-        "were not looked at, and the chosen setting was trained again on fresh seeds."
+        "were not looked at, and the chosen setting was trained again on fresh seeds. Intervals speak of training the "
+        "chosen settings again, not of searching again."
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -12,7 +13,7 @@ from s2sam import __version__
 from s2sam.report.svg import PALETTE
 from s2sam.report.tables import percent
 from s2sam.suite.plan import percent_text
-from s2sam.suite.result import Entry, SuiteTable, stands_in
+from s2sam.suite.result import TRIPWIRE, Entry, SuiteTable, stands_in
 from s2sam.suite.text import (
     blocks_of,
     cell_at,
@@ -25,6 +26,12 @@ from s2sam.suite.text import (
     sparsities_of,
     value_text,
 )
+
+LEADS = {  #: what the entries of a table are
+    "accuracy": "Test accuracy after the last epoch",
+    "robustness": "Accuracy on corrupted test images after the last epoch",
+    "throughput": "Training speed",
+}
 
 
 def render(table: SuiteTable, *, how: str = "") -> str:
@@ -71,11 +78,14 @@ def summary_sentences(table: SuiteTable) -> list[str]:
         first = f"{shown} of {len(compared)} comparisons with {reference} show a difference."
     if stands_in(table.plan):
         first = f"Digits stand in here, so nothing below is evidence about the table's networks. {first}"
+    void = sum(note.startswith(TRIPWIRE) for note in table.notes)
+    if void:
+        first = f"{void} {reference} are below what a well-tuned pipeline reaches, so nothing below counts. {first}"
     return [first, *(pooled_text(column, pooled, reference) for column, pooled in table.pooled.items())]
 
 
 def _lead(table: SuiteTable) -> str:
-    what = "Training speed" if table.measure == "throughput" else "Test accuracy after the last epoch"
+    what = LEADS[table.measure]
     columns = list(table.plan.suite.columns)
     return f"{what}: {', '.join(columns[:-1])} and {columns[-1]}, in rows of methods and groups of sparsities."
 
@@ -141,7 +151,7 @@ def _style() -> str:
     found = re.search(r"<style>.*?</style>", page, re.DOTALL)
     assert found is not None
     light, dark = (" ".join(f"--s{i}: {colours[m]};" for i, colours in enumerate(PALETTE)) for m in (0, 1))
-    return Template(found.group()).safe_substitute(light=light, dark=dark, toggles="")
+    return Template(found.group()).substitute(defaultdict(str, light=light, dark=dark))
 
 
 def _text(value: str) -> str:

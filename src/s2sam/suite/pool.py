@@ -7,16 +7,16 @@ and random states belong to a network, and a process to a run: nothing is shared
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from s2sam.train.processes import in_processes, terminable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,35 +107,36 @@ def one_thread() -> Iterator[None]:
 
 
 def run_here(configs: Mapping[str, TrainConfig], jobs: int, *, fresh: bool = False) -> Iterator[Outcome]:
-    """The outcomes as they come: in this process for one job, else in fresh ones."""
+    """The outcomes as they come: in this process for one job, else in fresh ones.
+
+    If one of these is ended from outside, all are. The runs that may have been under way then go on one after another,
+    each alone, so that only the one that does it again is reported; after them the others side by side as before.
+    """
     if jobs <= 1:
         for name, config in configs.items():
             with _interrupts_save():
                 outcome = train_one(name, config, fresh)
             yield outcome
         return
-    context = multiprocessing.get_context("spawn")
-    strangers = set(multiprocessing.active_children())
-    with terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_ignore_interrupts) as pool:
-        names: dict[Future[Outcome], str] = {
-            pool.submit(_train_in_worker, name, config, fresh): name for name, config in configs.items()
-        }
-        waiting = set(names)
-        try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        yield names[future], None, KILLED
-        except BaseException:
-            for child in set(multiprocessing.active_children()) - strangers:
-                child.terminate()  # the run under way saves, then its process ends
-            raise
-        finally:
-            for future in waiting:
-                future.cancel()
+    tasks = {name: (name, config, fresh) for name, config in configs.items()}
+    with terminable():
+        while tasks:
+            yield from _finished_of(tasks, jobs)
+            for name in list(tasks)[:jobs]:
+                alone = {name: tasks.pop(name)}
+                yield from _finished_of(alone, 1)
+                if alone:
+                    yield name, None, KILLED
+
+
+def _finished_of(tasks: dict[str, tuple[Any, ...]], jobs: int) -> Iterator[Outcome]:
+    """The outcomes of these runs, which leave `tasks`; those that lost their process stay there."""
+    with closing(in_processes(_train_in_worker, tasks, jobs)) as done:
+        for name, future in done:
+            if not isinstance(future.exception(), BrokenProcessPool):
+                outcome = future.result()
+                del tasks[name]
+                yield outcome
 
 
 def _train_in_worker(name: str, config: TrainConfig, fresh: bool) -> Outcome:
@@ -146,11 +147,6 @@ def _train_in_worker(name: str, config: TrainConfig, fresh: bool) -> Outcome:
         return train_one(name, config, fresh)
     except Preempted as ended:
         os._exit(int(str(ended.code)))
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes of a terminal; the workers leave it to their parent, which ends them in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -177,23 +173,6 @@ def _interrupts_save() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the block SIGTERM is an exception, so that the processes of the pool are ended in order as well."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

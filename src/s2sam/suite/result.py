@@ -5,14 +5,23 @@ The unit of observation is a run; the value of a run is its test accuracy after 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from s2sam.report.read import Run
 from s2sam.report.stats import LEVEL, Difference, Interval, deviation, mean, paired_difference
 from s2sam.suite.plan import Cell, Plan, Planned, percent_text
 from s2sam.suite.pooled import Pooled, pooled_difference
+from s2sam.suite.provenance import provenance, sparsity_notes
 
+TRIPWIRE = "Tripwire"  #: how the note on a badly tuned reference begins
+#: what is shown in percent
+_VALUE = {
+    "accuracy": "test accuracy in % of the last epoch",
+    "robustness": "accuracy in % on corrupted test images after the last epoch",
+}
 Differences = dict[str, dict[float, list[list[float]]]]  #: column -> sparsity -> paired differences of each cell
 
 
@@ -47,7 +56,7 @@ class SuiteTable:
     """A whole table, ready to be written."""
 
     plan: Plan
-    measure: str  #: accuracy or throughput: what the entries hold
+    measure: str  #: accuracy, throughput or robustness: what the entries hold
     entries: tuple[Entry, ...]
     pooled: dict[str, Pooled]  #: of each column but the reference, over all cells and then by sparsity
     comparisons: int
@@ -68,8 +77,9 @@ def build_accuracy(
     failed: Mapping[Planned, str],
     settings: Mapping[tuple[Cell, str], str] | None = None,
     remarks: Iterable[str] = (),
+    robust: Mapping[Planned, Mapping[str, Any]] | None = None,
 ) -> SuiteTable:
-    """The table of test accuracies after the last epoch.
+    """The table of test accuracies after the last epoch, or of the mean accuracies on corrupted test images.
 
     A column of a cell in which a run failed has no value, and neither it nor what is compared with it enters the pooled
     difference: to leave out single seeds would favour settings that diverge.
@@ -80,12 +90,15 @@ def build_accuracy(
         failed: what went wrong in the others.
         settings: what mode tuned chose, as text.
         remarks: further notes.
+        robust: what :func:`s2sam.suite.robust.measure_robustness` found, if the table is about that.
     """
     values: dict[tuple[Cell, str], dict[int, float]] = {}
     bad: dict[tuple[Cell, str], int] = {}
     images = max((int(run.final["test_images"]) for run in runs.values()), default=1)
     for planned, run in runs.items():
-        values.setdefault((planned.cell, planned.column), {})[run.seed] = float(run.final["test_top1"])
+        values.setdefault((planned.cell, planned.column), {})[run.seed] = float(
+            run.final["test_top1"] if robust is None else robust[planned]["mean_corruption_accuracy"]
+        )
     for planned in failed:
         bad[planned.cell, planned.column] = bad.get((planned.cell, planned.column), 0) + 1
     reference = plan.suite.reference
@@ -110,28 +123,33 @@ def build_accuracy(
         if paired is not None:
             entry = replace(entry, difference=paired.mean, interval=possible(paired.simultaneous), paired=paired)
         entries.append(entry)
-    pooled = pool(differences, 1 / images)
+    pooled = pool(differences, 1 / images, Counter(cell.sparsity for cell in plan.runnable))
     notes = [*plan_notes(plan), *_statistics(plan, len(compared), images)]
-    notes += [*failure_notes(failed), *provenance(runs), *tripwires(plan, entries), *remarks]
+    notes += robust_notes((robust or {}).values())
+    notes += [*failure_notes(failed), *provenance(runs), *sparsity_notes(runs), *tripwires(plan, entries), *remarks]
     return SuiteTable(
-        plan, "accuracy", tuple(entries), pooled, len(compared), tuple(notes), dict(runs), dict(failed)
+        plan, "accuracy" if robust is None else "robustness", tuple(entries), pooled, len(compared), tuple(notes),
+        dict(runs), dict(failed),
     )  # fmt: skip
 
 
-def pool(differences: Differences, grain: float) -> dict[str, Pooled]:
+def pool(differences: Differences, grain: float, planned: Mapping[float, int]) -> dict[str, Pooled]:
     """The pooled difference of each column, and where there are several sparsities of each of them as well.
 
-    The intervals over all cells hold together, and those of single sparsities hold together.
+    The intervals over all cells hold together, and those of single sparsities hold together. `planned` says how many
+    cells of each sparsity there should be.
     """
     pooled = {}
     for column, groups in differences.items():
         every = [cell for cells in groups.values() for cell in cells]
-        pooled[column] = pooled_difference(every, comparisons=len(differences), grain=grain)
+        found = pooled_difference(every, comparisons=len(differences), grain=grain)
+        pooled[column] = replace(found, planned=sum(planned.values()))
     count = sum(len(groups) for groups in differences.values())
     for column, groups in differences.items():
         for sparsity, cells in groups.items() if len(groups) > 1 else ():
             name = f"{column} at {percent_text(sparsity)}"
-            pooled[name] = pooled_difference(cells, comparisons=count, grain=grain)
+            found = pooled_difference(cells, comparisons=count, grain=grain)
+            pooled[name] = replace(found, planned=planned[sparsity])
     return pooled
 
 
@@ -151,6 +169,8 @@ def plan_notes(plan: Plan) -> list[str]:
         paper = plan.suite.paper or "the full budget"
         listed = "; ".join(plan.scaled)
         notes.append(f"Scaled by --budget {plan.budget.name}, so these are not the numbers of {paper}: {listed}.")
+        if any(change.startswith("epochs ") for change in plan.scaled):
+            notes.append("Fewer epochs reward fast optimisation: what wins here need not win at the full budget.")
     if stands_in(plan):
         notes.append(
             "scikit-learn's digits (1,797 images of 8 x 8 pixels) stand in for the data of the table: this shows that "
@@ -170,46 +190,24 @@ def stands_in(plan: Plan) -> bool:
     return digits and plan.budget.stand_in.get("data") == "digits"
 
 
+def robust_notes(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the corrupted images are, and how accurate the same runs are on clean ones."""
+    found = list(results)
+    if not found:
+        return []
+    row, clean = found[0], [1 - result["clean_error"] for result in found]
+    kind = "Official" if row["source"] == "official" else f"GENERATED (constants {row['constants']}, not official)"
+    return [
+        f"{kind} corrupted images: the mean over {len(row['corruptions'])} corruptions x {len(row['severities'])} "
+        f"severities of {row['images']} test images, accuracy and not mCE (digest {row['corrupted_digest'][:12]}). "
+        f"Clean accuracies of these runs: {100 * min(clean):.2f} to {100 * max(clean):.2f} %; a network that is better "
+        "on clean images is better on corrupted ones too; `s2sam robust` on the run folders says what is lost."
+    ]
+
+
 def failure_notes(failed: Mapping[Planned, str]) -> list[str]:
     """Each failed run by name."""
     return [f"Failed: {planned.name}: {reason}" for planned, reason in failed.items()]
-
-
-def provenance(runs: Mapping[Planned, Run]) -> list[str]:
-    """One sentence for each way in which the runs do not come from one code and one set of images."""
-    notes = []
-    codes: dict[str, int] = {}
-    for run in runs.values():
-        text = code_of(run)
-        codes[text] = codes.get(text, 0) + 1
-    if len(codes) > 1:
-        listed = "; ".join(f"{text} ({count} runs)" for text, count in codes.items())
-        notes.append(f"The runs were made by {len(codes)} versions of the code: {listed}.")
-    elif codes:
-        notes.append(f"All runs were made by {next(iter(codes))}.")
-    digests: dict[str, dict[str, int]] = {}
-    for planned, run in runs.items():
-        found = digests.setdefault(planned.cell.block, {})
-        digest = digest_of(run)[:12]
-        found[digest] = found.get(digest, 0) + 1
-    for block, found in digests.items():
-        if len(found) > 1:
-            listed = ", ".join(f"{digest} ({count} runs)" for digest, count in found.items())
-            notes.append(f"The runs of {block} were trained on {len(found)} different sets of images: {listed}.")
-    return notes
-
-
-def code_of(run: Run) -> str:
-    """Versions and commit of a run, as in "s2sam 0.1.0, torch 2.13.0, commit 1a2b3c4d"."""
-    versions = run.env.get("versions", {})
-    commit = str(run.env.get("git_commit") or "unknown")
-    short = commit.removesuffix("-dirty")[:12] + ("-dirty" if commit.endswith("-dirty") else "")
-    return f"s2sam {versions.get('s2sam', '?')}, torch {versions.get('torch', '?')}, commit {short}"
-
-
-def digest_of(run: Run) -> str:
-    """The digest of the images that a run was trained on."""
-    return str(run.final.get("data_digest", run.env.get("data_digest", "unknown")))
 
 
 def tripwires(plan: Plan, entries: Iterable[Entry]) -> list[str]:
@@ -222,8 +220,8 @@ def tripwires(plan: Plan, entries: Iterable[Entry]) -> list[str]:
         bar = least[plan.suite.sparsities.index(entry.cell.sparsity)]
         if 100 * entry.center < bar:
             notes.append(
-                f"Tripwire: {entry.cell.label}, {entry.column} reaches {100 * entry.center:.2f} %, below the {bar:g} % "
-                "of a well-tuned pipeline; mend that first, the comparisons of this row are void."
+                f"{TRIPWIRE}: {entry.cell.label}, {entry.column} reaches {100 * entry.center:.2f} %, below the {bar:g} "
+                "% of a well-tuned pipeline; mend that first, the comparisons of this row and the pooled ones are void."
             )
     return notes
 
@@ -232,7 +230,7 @@ def _statistics(plan: Plan, comparisons: int, images: int) -> list[str]:
     if not comparisons:
         return []
     notes = [
-        f"Values: mean test accuracy in % of the last epoch over the seeds {', '.join(map(str, plan.seeds))} (n = "
+        f"Values: mean {_VALUE[plan.suite.measure]} over the seeds {', '.join(map(str, plan.seeds))} (n = "
         f"{len(plan.seeds)}), +- standard deviation; in brackets the difference to {plan.suite.reference} in points, "
         "paired over seeds. No epoch was picked."
     ]
@@ -246,7 +244,9 @@ def _statistics(plan: Plan, comparisons: int, images: int) -> list[str]:
         f"data, not of other images; one of the {images} test images is {100 / images:.2f} points."
     )
     notes.append(
-        "Pooled: the mean of the cells' differences, each cell counting once; its variance is pooled within cells "
-        "(df = sum of n - 1). The intervals over all cells hold together; those of single sparsities hold together."
+        "Pooled: the mean of the cells' differences, each cell counting once. Of its two intervals the first pools the "
+        "variance within cells (df = sum of n - 1) and takes cells to be independent, the second is Student's t over "
+        "the means of the seeds (df = n - 1) and needs no such assumption; a difference is shown if both say so. Those "
+        "over all cells hold together, and those of single sparsities hold together (Bonferroni)."
     )
     return notes

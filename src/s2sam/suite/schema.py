@@ -17,7 +17,7 @@ from s2sam.suite.settings import Settings, settings
 from s2sam.train.config import whole
 
 MEASURES = ("accuracy", "throughput", "robustness")
-MEASURED = ("accuracy", "throughput")  #: those that exist
+MEASURED = ("accuracy", "throughput", "robustness")  #: those that exist
 BUDGETS = ("full", "short", "smoke")
 MODES = ("matched", "tuned")
 DATA = ("digits", "cifar10", "cifar100")  #: that `s2sam data get` or scikit-learn brings
@@ -95,9 +95,11 @@ def load_suite(source: str | Path) -> Suite:
         path = tables().get(str(source), path)
         if path.suffix != ".yaml":
             raise unknown("table", str(source), tables())
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8; a table is a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" (line {mark.line + 1})"
@@ -132,7 +134,7 @@ def parse_suite(content: Any, *, name: str = "table", description: str = "") -> 
     rows, columns = _layers(top["rows"], "row"), _layers(top["columns"], "column")
     sparsities, reference = _sparsities(top["sparsities"]), str(top["reference"])
     baselines = _subset(top.get("baselines", ()), columns, "column of baselines")
-    planned = tuple(map(str, top.get("planned", ())))
+    planned = tuple(map(str, _list(top.get("planned", ()), "planned")))
     measure = str(top.get("measure", "accuracy"))
     if measure not in MEASURES:
         raise unknown("measure", measure, MEASURES)
@@ -162,7 +164,9 @@ def check_names(layer: Settings, planned: Iterable[str]) -> None:
         name = layer.get(key)
         if name is None or name in known or name in planned or (key == "data" and is_path(str(name))):
             continue
-        raise ValueError(f"{unknown(key, str(name), [*known, *planned])}; if it is still to come, name it in `planned`")
+        raise ValueError(
+            f"{unknown(key, str(name), [*known, *planned])}, or name it in `planned` if it is still to come"
+        )
 
 
 def methods() -> list[str]:
@@ -240,7 +244,8 @@ def _tripwires(
     for block, lines in given.items():
         _only(_mapping(lines, f"tripwires of {block}"), rows, "row in tripwires")
         for row, least in lines.items():
-            if len(_list(least, f"the tripwires of {row}")) != len(sparsities):
+            numbers = [isinstance(n, (int, float)) for n in _list(least, f"the tripwires of {row}")]
+            if not all(numbers) or len(numbers) != len(sparsities):
                 raise ValueError(f"the tripwires of {block}, {row} need one accuracy in % for each sparsity")
     return {block: {row: list(map(float, least)) for row, least in lines.items()} for block, lines in given.items()}
 

@@ -11,8 +11,9 @@ from s2sam.report.formats import markdown_grid
 from s2sam.report.stats import Interval
 from s2sam.report.tables import percent
 from s2sam.suite.plan import Cell, percent_text
-from s2sam.suite.pooled import Pooled
-from s2sam.suite.result import Entry, SuiteTable, code_of, digest_of
+from s2sam.suite.pooled import Pooled, side
+from s2sam.suite.provenance import code_of, digest_of
+from s2sam.suite.result import Entry, SuiteTable, possible
 from s2sam.suite.tuned import trials_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 DASH = "-"
 CELL_HEAD = (
     "block", "row", "model", "data", "sparsity", "column", "reference", "measure", "n", "seeds", "value", "sd",
-    "difference", "low", "high", "level", "comparisons", "shows", "state", "setting",
+    "difference", "low", "high", "level", "comparisons", "shows", "state", "setting", "low_over_seeds",
+    "high_over_seeds", "correlation",
 )  # fmt: skip
 RUN_HEAD = (
     "block", "row", "sparsity", "column", "trial", "seed", "state", "test_top1", "val_top1", "test_loss", "best_epoch",
@@ -59,15 +61,25 @@ def interval_text(interval: Interval | None, measure: str = "accuracy") -> str:
 
 def pooled_text(column: str, pooled: Pooled, reference: str) -> str:
     """One sentence on a pooled difference."""
+    of = f" of {pooled.planned}" if pooled.planned > pooled.cells else ""
     start = (
-        f"{column} minus {reference}, mean over {pooled.cells} cell{'s' if pooled.cells != 1 else ''}: "
+        f"{column} minus {reference}, mean over {pooled.cells}{of} cell{'s' if pooled.cells != 1 or of else ''}: "
         f"{percent(pooled.mean, sign=True)} points"
     )
     if pooled.interval is None:
         return f"{start}; no interval."
-    verdict = {1: "higher", -1: "lower", 0: "no difference shown"}[pooled.shows]
-    inside = interval_text(pooled.interval).strip()
-    return f"{start}, {100 * pooled.interval.level:g} % interval {inside}, df {pooled.freedom}: {verdict}."
+    words = {1: "higher", -1: "lower", 0: "no difference shown"}
+    verdict, inside = words[pooled.shows], interval_text(possible(pooled.interval)).strip()
+    start = f"{start}, {100 * pooled.interval.level:g} % interval {inside}, df {pooled.freedom}"
+    if pooled.cells == 1:
+        return f"{start}: {verdict}."
+    if pooled.over_seeds is None:
+        return f"{start}, if the cells are independent; no interval over the seeds alone: {verdict}."
+    outside, seeds = interval_text(possible(pooled.over_seeds)).strip(), pooled.freedom // pooled.cells
+    if pooled.shows == 0 and side(pooled.interval) != 0:
+        verdict = f"{words[side(pooled.interval)]} if they are, else not shown"
+    linked = "" if pooled.correlation is None else f"; their correlation over seeds is {pooled.correlation:.2f}"
+    return f"{start}, if the cells are independent, and {outside}, df {seeds}, whatever links them{linked}: {verdict}."
 
 
 def to_markdown(table: SuiteTable) -> str:
@@ -100,7 +112,7 @@ def cells_csv(table: SuiteTable) -> str:
         line = {
             "block": e.cell.block, "row": e.cell.row, "sparsity": e.cell.sparsity, "column": e.column,
             "model": e.cell.settings.get("model"), "data": e.cell.settings.get("data"), "n": e.n,
-            "seeds": " ".join(map(str, e.values)) if table.measure == "accuracy" else table.plan.seeds[0],
+            "seeds": " ".join(map(str, e.values)) if table.measure != "throughput" else table.plan.seeds[0],
             "value": e.center, "sd": e.spread, "difference": e.difference, "comparisons": table.comparisons,
             "shows": e.shows, "state": e.state, "setting": e.setting,
         }  # fmt: skip
@@ -108,9 +120,10 @@ def cells_csv(table: SuiteTable) -> str:
     for column, p in table.pooled.items():
         line = {
             "block": "pooled", "row": f"{p.cells} cells", "column": column, "sd": p.deviation, "difference": p.mean,
-            "comparisons": p.comparisons, "shows": p.shows, "state": f"df {p.freedom}",
+            "comparisons": p.comparisons, "shows": p.shows, "state": f"df {p.freedom}", "correlation": p.correlation,
         }  # fmt: skip
-        lines.append(shared | line | _ends(p.interval))
+        over_seeds = {f"{key}_over_seeds": value for key, value in _ends(possible(p.over_seeds)).items()}
+        lines.append(shared | line | _ends(possible(p.interval)) | over_seeds)
     return _csv(CELL_HEAD, lines)
 
 

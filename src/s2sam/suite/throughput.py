@@ -6,15 +6,16 @@ Wall clocks of different runs are never compared: what disturbs the machine woul
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s2sam.report.cost import load_rounds
 from s2sam.report.stats import LEVEL, median_interval
 from s2sam.suite.plan import Cell, Plan, slug
+from s2sam.suite.provenance import made_by
 from s2sam.suite.result import Entry, SuiteTable, plan_notes
 from s2sam.train.atomic import write_text
 from s2sam.train.config import TrainConfig
@@ -33,21 +34,39 @@ def measure_cells(plan: Plan, console: Console, *, read_only: bool = False) -> d
     """
     found, absent = {}, []
     for cell in plan.runnable:
-        configs = {column: plan.config(cell, column, plan.seeds[0]) for column in plan.suite.columns}
-        path = _path(plan, cell)
-        if not _same(path, configs, plan.budget.rounds):
+        path = path_of(plan, cell)
+        if not is_measured(plan, cell):
             if read_only:
                 absent.append(cell.label)
                 continue
             console.print(f"measuring {cell.label}", markup=False)
-            _measure(path, configs, plan.budget.rounds)
+            _measure(path, _configs(plan, cell), plan.budget.rounds)
         found[cell] = load_rounds(path)
     if absent:
         raise ValueError(f"not measured yet: {', '.join(absent)}; run the table without --read-only")
     return found
 
 
-def build_throughput(plan: Plan, rounds: Mapping[Cell, Mapping[str, Sequence[float]]]) -> SuiteTable:
+def is_measured(plan: Plan, cell: Cell) -> bool:
+    """True if the rounds of a cell, with these settings, are in their file."""
+    return _same(path_of(plan, cell), _configs(plan, cell), plan.budget.rounds)
+
+
+def path_of(plan: Plan, cell: Cell) -> Path:
+    """The file of the rounds of a cell."""
+    return plan.out / "rounds" / f"{slug(cell.block)}_{slug(cell.row)}_{100 * cell.sparsity:g}.json"
+
+
+def environments(plan: Plan) -> list[Mapping[str, Any]]:
+    """On what the rounds of each cell were measured."""
+    return [json.loads(path_of(plan, cell).read_text(encoding="utf-8"))["environment"] for cell in plan.runnable]
+
+
+def build_throughput(
+    plan: Plan,
+    rounds: Mapping[Cell, Mapping[str, Sequence[float]]],
+    environments: Iterable[Mapping[str, Any]] = (),
+) -> SuiteTable:
     """The table of training speeds.
 
     The value is images a second at the median step; the comparison is the median, over the rounds, of the step time
@@ -79,6 +98,7 @@ def build_throughput(plan: Plan, rounds: Mapping[Cell, Mapping[str, Sequence[flo
             f"taken within each round, with intervals that hold together for all {comparisons} comparisons (95 %; none "
             "where there are too few rounds). On another machine the numbers are others."
         )
+        notes += made_by(environments)
     return SuiteTable(plan, "throughput", tuple(entries), {}, comparisons, tuple(notes))
 
 
@@ -86,6 +106,10 @@ def steps_of(configs: Mapping[str, TrainConfig]) -> int:
     """Steps of a round: those between two changes of the topology, so that one is in every round; 20 to 200."""
     intervals = [config.method_options.get("delta_t", 0) for config in configs.values()]
     return min(200, max(20, *intervals))
+
+
+def _configs(plan: Plan, cell: Cell) -> dict[str, TrainConfig]:
+    return {column: plan.config(cell, column, plan.seeds[0]) for column in plan.suite.columns}
 
 
 def _measure(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> None:
@@ -118,7 +142,3 @@ def _same(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _path(plan: Plan, cell: Cell) -> Path:
-    return plan.out / "rounds" / f"{slug(cell.block)}_{slug(cell.row)}_{100 * cell.sparsity:g}.json"

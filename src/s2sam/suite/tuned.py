@@ -59,6 +59,11 @@ def check_tuned(suite: Suite) -> Tuned:
         for key in tuned.grids[column]:
             if not any(key == name or (name.endswith(".") and key.startswith(name)) for name in TUNABLE):
                 raise unknown(f"key to tune in the grid of {column}", key, TUNABLE)
+            values = tuned.grids[column][key]
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise ValueError(
+                    f"{key} in the grid of {column} has a value twice, which is no further trial: {values}"
+                )
         sizes[column] = len(trials_of(tuned.grids[column]))
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{column} {size}" for column, size in sizes.items())
@@ -82,6 +87,23 @@ def plan_trials(plan: Plan) -> list[Planned]:
         for column in plan.suite.columns
         for index, trial in enumerate(trials_of(tuned.grids[column]))
         for seed in tuned.seeds
+    ]
+
+
+def edge_notes(plan: Plan, choices: Mapping[tuple[Cell, str], Choice]) -> list[str]:
+    """A sentence for each column whose choices lie on an edge of its grid: a better setting may lie beyond it."""
+    found: dict[tuple[str, str, Any], int] = {}
+    for (_, column), choice in choices.items():
+        for key, values in check_tuned(plan.suite).grids[column].items():
+            ordered = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            if len(ordered) == len(values) > 1 and choice.settings[key] in (min(ordered), max(ordered)):
+                edge = column, key, choice.settings[key]
+                found[edge] = found.get(edge, 0) + 1
+    cells = len(plan.runnable)
+    return [
+        f"On the edge of its grid: {column} chose {key} {value} in {count} of {cells} cells; a better one may lie "
+        "beyond, so widen the grid before believing the comparison."
+        for (column, key, value), count in found.items()
     ]
 
 

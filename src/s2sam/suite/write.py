@@ -15,6 +15,7 @@ def write_table(table: SuiteTable, folder: str | Path, *, how: str = "") -> list
 
     Raises:
         ValueError: a file stands where the folder should be.
+        OSError: it cannot be written there.
     """
     folder = Path(folder)
     contents = {
@@ -23,10 +24,24 @@ def write_table(table: SuiteTable, folder: str | Path, *, how: str = "") -> list
         "runs.csv": runs_csv(table),
         "table.html": render(table, how=how),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"cannot write into {folder}: a file stands there; choose another --out") from None
+    make_folder(folder)
     for name, text in contents.items():
         write_text(folder / name, text)
     return [folder / name for name in contents]
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and write a file there for a moment, so that hours of training do not end in an error.
+
+    Raises:
+        ValueError: a file stands where the folder should be, or nothing can be written there.
+    """
+    probe = folder / ".s2sam-can-write"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(probe, "yes")
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"cannot write into {folder}: a file stands there; choose another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror}; make room or choose another --out") from None

@@ -93,19 +93,19 @@ class TrainState:
     def advance(self) -> None:
         """A step was taken, or skipped: count it, move the schedules, update the average of the weights.
 
-        A step that a GradScaler skips never reaches the sparsifier, which is told here, so that its plan keeps to the
-        time of the run; after the last step it prunes what a skipped one has left over.
+        A step that a GradScaler skips never reaches the sparsifier and S2SAM, which are told here, so that plan and
+        schedule keep to the time of the run; after the last step the sparsifier prunes what a skipped one left over.
         """
         self.step += 1
         with warnings.catch_warnings():  # torch cannot know that the scaler skipped the very first step
             if self.scaler.is_enabled():
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.scheduler.step()
-        if self.sparsifier is not None:
-            if self.sparsifier.step < self.step:
-                self.sparsifier.missed_step()
-            if self.step == self.n_steps:
-                self.sparsifier.catch_up()
+        for part in (self.sparsifier, self.sharpness):
+            if isinstance(part, (Sparsifier, S2SAM)) and part.step < self.step:
+                part.missed_step()
+        if self.sparsifier is not None and self.step == self.n_steps:
+            self.sparsifier.catch_up()
         if self.ema is not None:
             self.ema.update(self.model)
 

@@ -1,0 +1,97 @@
+"""Work in fresh processes that end in order: Ctrl-C and SIGTERM are the business of the process that began them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+def in_processes(
+    function: Callable[..., T],
+    tasks: Mapping[K, tuple[Any, ...]],
+    jobs: int,
+    *,
+    begin: Callable[..., None] | None = None,
+    given: tuple[Any, ...] = (),
+) -> Generator[tuple[K, Future[T]], None, None]:
+    """The futures of `function(*arguments)` as they are done, with the keys of their tasks.
+
+    The processes are spawned, so they share nothing with this one, and they never see a Ctrl-C, not even while they
+    import. If an exception comes out of the loop over this generator, or the generator is closed, they are sent SIGTERM
+    and waited for.
+
+    Args:
+        function: of a module, as its arguments and results are pickled.
+        tasks: the arguments of each task.
+        jobs: how many processes at most.
+        begin: called once in every process before its first task, with the arguments `given`.
+        given: see there.
+
+    Example:
+        >>> sorted((key, future.result()) for key, future in in_processes(divmod, {"a": (7, 2), "b": (9, 4)}, 1))
+        [('a', (3, 1)), ('b', (2, 1))]
+    """
+    if not tasks:
+        return
+    strangers = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        min(jobs, len(tasks)), mp_context=multiprocessing.get_context("spawn"), initializer=_begin,
+        initargs=(begin, given),
+    )  # fmt: skip
+    with pool:
+        try:
+            with _interrupts_later():
+                keys = {pool.submit(function, *arguments): key for key, arguments in tasks.items()}
+            for future in as_completed(keys):
+                yield keys[future], future
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - strangers:
+                child.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _begin(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+    """In a process: leave Ctrl-C to the parent also where it could not be blocked."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if begin is not None:
+        begin(*given)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """A Ctrl-C within the block comes when it ends; processes that begin there, which inherit this, never see one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM is an exception, so that the processes begun there are ended in order as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
