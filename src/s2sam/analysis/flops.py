@@ -256,5 +256,5 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
             with torch.no_grad():
                 for buffer, saved in buffers:
-                    if not torch.equal(buffer, saved):
+                    if not (buffer.is_meta or torch.equal(buffer, saved)):
                         buffer.copy_(saved)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _GIVEN = ("num_classes", "in_channels", "image_size", "generator")
-_RESNET_PAPER = "He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2"
+_RESNET_PAPER = "He et al., Deep Residual Learning for Image Recognition, CVPR 2016"
 
 MODELS: tuple[registry.ModelInfo, ...] = (
     registry.ModelInfo(
@@ -30,10 +30,19 @@ MODELS: tuple[registry.ModelInfo, ...] = (
         registry.ModelInfo(
             f"resnet{depth}",
             f"s2sam.models.cifar_resnet:resnet{depth}",
-            _RESNET_PAPER,
+            f"{_RESNET_PAPER}, section 4.2",
             f"ResNet-{depth} for 32x32 images, 16-32-64 channels x width, shortcut B (projection) or A (none)",
         )
         for depth in (8, 14, 20, 32, 56)
+    ),
+    *(
+        registry.ModelInfo(
+            f"resnet{depth}",
+            f"s2sam.models.imagenet_resnet:resnet{depth}",
+            f"{_RESNET_PAPER}, table 1",
+            f"ResNet-{depth} for 224x224 images, {blocks}, 64 to 512 channels x width; stem imagenet or small",
+        )
+        for depth, blocks in ((34, "basic blocks"), (50, "bottlenecks"))
     ),
     registry.ModelInfo(
         "vgg19",
