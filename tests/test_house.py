@@ -23,7 +23,7 @@ PAGES = [
 ]
 EXTRAS = {
     *("cli", "timm", "hub", "shards", "tensorboard", "wandb", "trackio", "mlflow", "onnx", "corruptions", "lightning"),
-    *("transformers", "ray", "slurm", "dev", "docs"),
+    *("transformers", "ray", "slurm", "structured", "dev", "docs"),
 }
 
 

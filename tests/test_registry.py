@@ -16,7 +16,7 @@ def test_methods():
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
         assert issubclass(row.load(), Sparsifier)
-        assert row.kind in ("static", "dynamic", "iterative")
+        assert row.kind in ("static", "dynamic", "structured", "iterative")
 
 
 def test_models_and_data_load():

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import attach, copy_masks, make_batches, make_net, one_step
+from sparse_support import attach, copy_masks, make_batches, make_net, one_step, usable
 
 from s2sam.registry import MethodInfo, list_methods
 from s2sam.sparse.base import Sparsifier
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     found = {}
-    for method in list_methods():
+    for method in filter(usable, list_methods()):
         path, made, model = train(method, rank, world)
         found[method.name] = {
             "path": [{name: pack_bits(mask) for name, mask in masks.items()} for masks in path],

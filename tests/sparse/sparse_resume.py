@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import attach, make_batches, make_net, one_step
+from sparse_support import attach, make_batches, make_net, one_step, usable
 
 from s2sam.registry import MethodInfo, list_methods
 
@@ -31,7 +31,7 @@ def continue_run(net: Any, optimizer: Any, scheduler: Any, sparsifier: Any, *, f
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for method in list_methods():
+    for method in filter(usable, list_methods()):
         file = Path(sys.argv[1]) / f"{method.name}.pt"
         saved = torch.load(file, weights_only=True)
         run = start_run(method, init=False, seed=99)

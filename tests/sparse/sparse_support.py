@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2sam import sparsify
-from s2sam.registry import MethodInfo
+from s2sam.registry import MethodInfo, list_methods
 from s2sam.sparse.base import Sparsifier
 
 OPTIMIZERS = {
@@ -55,27 +57,53 @@ def one_step(net: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor])
     optimizer.step()
 
 
+def usual(info: MethodInfo, sparsity: float = 0.7) -> float:
+    """The sparsity that the battery gives a method: n of m weights can only be some."""
+    return 0.5 if "m" in info.defaults or info.name == "chex" else sparsity  # CHEX's is of channels, some of them few
+
+
+def usable(info: MethodInfo) -> bool:
+    """Whether what the method needs is installed."""
+    return info.kind != "structured" or importlib.util.find_spec("torch_pruning") is not None
+
+
+def rows(*kinds: str) -> Any:
+    """Parametrizes a test over the methods (of these kinds, if any are given); those that lack an extra are skipped."""
+    chosen = [m for m in list_methods() if m.kind in kinds or not kinds]
+    lacking = pytest.mark.skip(reason="needs torch-pruning: pip install 's2sam[structured]'")
+    marked = [pytest.param(m, id=m.name, marks=() if usable(m) else lacking) for m in chosen]
+    return pytest.mark.parametrize("info", marked)
+
+
 def attach(
     info: MethodInfo, net: nn.Module, optimizer: Any, *, seed: int = 3, delta_t: int = 3, **kw: Any
 ) -> Sparsifier:
     """`info`'s method on a short schedule: 60 steps, a change every `delta_t` if it changes masks at all.
 
-    Gradual pruning is at its target after 12 steps; of trainings that follow one another this is the last.
+    Gradual pruning is at its target after 12 steps, AC/DC after 15; of trainings that follow one another this is the
+    last.
     """
     options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
-    if info.name in ("gmp", "granet"):
+    if info.name in ("gmp", "granet", "str"):
         options |= {"initial_sparsity": kw.get("sparsity", 0.7) / 2, "t_start": 0.0, "t_end": 0.2}
+    if info.name == "ac-dc":  # compressed, dense, compressed, dense, and compressed from step 15 on
+        options |= {"t_start": delta_t / 60, "t_end": 0.25}
     if info.name == "dsr":
         options |= {"threshold": 0.1}
+    if "m" in info.defaults:  # every layer of the net divides into pairs
+        options |= {"m": 2}
+    if "block" in info.defaults:
+        options |= {"block": (1, 2)}
     if info.name == "deepr":
         options |= {"l1": 0.3}
+    if info.kind == "structured":
+        options |= {"t_end": 0.2}
+    if info.name == "chase":
+        options |= {"channel_delta_t": delta_t, "channel_offset": 0}
     if info.load().needs_batches:
         kw = {"batches": make_batches(2), "loss_fn": loss_fn} | kw
-    sparsifier = sparsify(
-        net,
-        optimizer,
-        **{"method": info.name, "sparsity": 0.7, "total_steps": 60, "generator": generator(seed)} | options | kw,
-    )
+    common = {"method": info.name, "sparsity": usual(info), "total_steps": 60, "generator": generator(seed)}
+    sparsifier = sparsify(net, optimizer, **common | options | kw)
     while kw.get("init", True) and sparsifier.next_level():
         pass
     return sparsifier

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from s2sam.registry import list_methods
 from s2sam.sparse.drop_grow import DropGrow
+from s2sam.sparse.reserve import Reserve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparse_support import (
@@ -23,12 +24,18 @@ from sparse_support import (
     make_batches,
     make_net,
     one_step,
+    rows,
     shaped_states,
+    usable,
+    usual,
 )  # fmt: skip
 
-METHODS = list_methods()
-every_method = pytest.mark.parametrize("info", METHODS, ids=lambda info: info.name)
-dynamic = pytest.mark.parametrize("info", [m for m in METHODS if m.kind == "dynamic"], ids=lambda info: info.name)
+METHODS = [info for info in list_methods() if usable(info)]
+BETWEEN_LAYERS = ("dsr", "snfs", "srigl")  #: which move weights from layer to layer
+#: whole neurons with equal inputs, whole blocks, whole channels
+COARSE = {"srigl": 0.015, "block-rigl": 0.005, "chex": 0.3}
+MOVING = ("dynamic", "structured")
+every_method, dynamic = rows(), rows(*MOVING)
 
 
 def sgd(net, **kw):
@@ -46,32 +53,37 @@ def test_pruned_means_exactly_zero_after_every_step(info, optimizer):
     sparsifier = attach(info, net, optimizer)
     first, kept, updates = copy_masks(sparsifier), dict(sparsifier.parts[0].kept), sparsifier.updates
     moved = torch.zeros(())
-    for t, batch in enumerate(make_batches(13), 1):
+    for t, batch in enumerate(make_batches(16), 1):
         before = [p.detach().clone() for p in net.parameters()]
         old = copy_masks(sparsifier)
         one_step(net, optimizer, batch)
         for name, w in net.named_parameters():
             mask = sparsifier.masks[name]
             assert w[~mask].abs().sum() == 0
-            if info.name != "top-kast":  # whose grown weights were trained outside the network
+            # weights of Reserve were trained outside the network, STR's come out from under their threshold
+            if not isinstance(sparsifier, Reserve) and info.name not in ("chex", "str"):
                 assert w[mask & ~old[name]].abs().sum() == 0, "a grown weight starts at 0"
             assert w.grad[~(mask & old[name])].abs().sum() == 0
             if not info.dense_state:
-                assert all(s[~(mask & old[name])].abs().sum() == 0 for s in shaped_states(optimizer, w))
+                clear = ~mask if info.name == "sr-ste" else ~(mask & old[name])  # there momentum enters with a weight
+                assert all(s[clear].abs().sum() == 0 for s in shaped_states(optimizer, w))
         moved += sum((p - b).detach().abs().sum() for p, b in zip(net.parameters(), before, strict=True))
         now = {name: int(m.sum()) for name, m in sparsifier.masks.items()}
         assert now == sparsifier.parts[0].kept, "the host's counts are the device's"
         assert min(now.values()) >= 1
         assert sum(now.values()) == round((1 - sparsifier.target_sparsity(t)) * 222)
-        if isinstance(sparsifier, DropGrow) and info.name not in ("dsr", "snfs"):  # which move weights between layers
+        if isinstance(sparsifier, DropGrow) and info.name not in BETWEEN_LAYERS:
             assert now == kept
     assert moved > 0.1
-    assert sum(int(m.sum()) for m in sparsifier.masks.values()) == round(0.3 * 222)
-    assert sum(int((p == 0).sum()) for p in net.parameters()) >= 155
-    assert sparsifier.sparsity() == pytest.approx(155 / 222)
-    assert equal_masks(first, sparsifier.masks) == (info.kind != "dynamic")
-    assert (sparsifier.updates > updates) == (info.kind == "dynamic")
-    assert sparsifier.step == 13
+    meant = sparsifier.target_sparsity(16)
+    assert meant == pytest.approx(usual(info), abs=COARSE.get(info.name))
+    pruned = 222 - round((1 - meant) * 222)
+    assert sum(int((~m).sum()) for m in sparsifier.masks.values()) == pruned
+    assert sum(int((p == 0).sum()) for p in net.parameters()) >= pruned
+    assert sparsifier.sparsity() == pytest.approx(pruned / 222)
+    assert equal_masks(first, sparsifier.masks) == (info.kind not in MOVING)
+    assert (sparsifier.updates > updates) == (info.kind in MOVING)
+    assert sparsifier.step == 16
     sparsifier.verify()
 
 
@@ -79,14 +91,18 @@ def test_pruned_means_exactly_zero_after_every_step(info, optimizer):
 @pytest.mark.parametrize("distribution", ["uniform", "erk", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
 def test_the_target_of_each_step_is_met_exactly(info, sparsity, distribution):
+    if "m" in info.defaults and (distribution != "uniform" or sparsity > 0.5):
+        pytest.skip("n of m weights: one share in all layers, and no other than n / m")
+    if info.name == "chex" and (distribution != "erk" or sparsity > 0.5):
+        pytest.skip("channels of 12 and 10: spread by |gamma|, one of each at least")
     net = make_net()
     optimizer = sgd(net)
     sparsifier = attach(info, net, optimizer, sparsity=sparsity, distribution=distribution)
-    for t, batch in enumerate(make_batches(13), 1):
+    for t, batch in enumerate(make_batches(16), 1):
         one_step(net, optimizer, batch)
         meant = sparsifier.target_sparsity(t)
         assert sum(int(m.sum()) for m in sparsifier.masks.values()) == round((1 - meant) * 222)
-    assert meant == sparsity
+    assert meant == pytest.approx(sparsity, abs=COARSE.get(info.name))
 
 
 @every_method
@@ -131,6 +147,8 @@ def test_a_due_change_with_bad_gradients_does_not_happen(info, where, value):
         loss_fn(net(x), y).backward()
         if t == 3:
             mask = sparsifier.masks["2.weight"]
+            if where == "pruned" and bool(mask.all()):
+                pytest.skip("dense until here")
             net[2].weight.grad.view(-1)[(mask if where == "active" else ~mask).flatten().nonzero()[0]] = value
         before = net[0].weight.detach().clone()
         optimizer.step()
@@ -233,7 +251,7 @@ def test_a_run_resumed_in_a_fresh_process_is_bit_equal(info, resumed):
     whole, part = resumed[info.name]
     assert_same(whole, part)
     assert whole["sparsifier"]["steps"] == [14]
-    assert (whole["sparsifier"]["updates"] == 4) == (info.kind == "dynamic")
+    assert (whole["sparsifier"]["updates"] == 4) == (info.kind in MOVING)
     assert bool(whole["sparsifier"]["explored"]) == (info.kind != "static")
 
 
@@ -250,7 +268,7 @@ def test_mask_changes_do_not_recompile_the_model(info, backend):
     optimizer = sgd(net)
     sparsifier = attach(info, compiled, optimizer)
     first = copy_masks(sparsifier)
-    batches = make_batches(8)
+    batches = make_batches(10)
     for batch in batches[:2]:
         one_step(compiled, optimizer, batch)
     frames = counter.frame_count
@@ -258,14 +276,15 @@ def test_mask_changes_do_not_recompile_the_model(info, backend):
     for batch in batches[2:]:
         one_step(compiled, optimizer, batch)
     assert counter.frame_count == frames
-    assert equal_masks(first, sparsifier.masks) == (info.kind != "dynamic")
+    assert equal_masks(first, sparsifier.masks) == (info.kind not in MOVING)
     plain_net = make_net()
     plain_optimizer = sgd(plain_net)
     plain = attach(info, plain_net, plain_optimizer)
     for batch in batches:
         one_step(plain_net, plain_optimizer, batch)
     assert equal_masks(plain.masks, sparsifier.masks), "the compiled model sees the new masks as the plain one does"
-    assert sum(int((p == 0).sum()) for p in net.parameters()) >= 222 - round((1 - plain.target_sparsity(8)) * 222) > 100
+    pruned = 222 - round((1 - plain.target_sparsity(10)) * 222)
+    assert sum(int((p == 0).sum()) for p in net.parameters()) >= pruned > 100
 
 
 # -- other models ----------------------------------------------------------------------------------------------------
@@ -282,7 +301,7 @@ def test_convolutions_and_other_dtypes(info, dtype):
     g = torch.Generator().manual_seed(0)
     images = [(torch.randn(8, 2, 6, 6, generator=g), torch.randint(0, 3, (8,), generator=g))]
     kw = {"batches": images} if info.load().needs_batches else {}
-    sparsifier = attach(info, net, optimizer, sparsity=0.8, **kw)
+    sparsifier = attach(info, net, optimizer, sparsity=usual(info, 0.8), **kw)
     for _ in range(7):
         optimizer.zero_grad()
         net(torch.randn(8, 2, 6, 6, generator=g).to(dtype)).square().sum().mul(1e-3).backward()

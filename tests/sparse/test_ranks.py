@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2sam.registry import list_methods
 from s2sam.sparse import sync
 from s2sam.sparse.masks import unpack_bits
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparse_ranks import STEPS, train
+from sparse_support import rows
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +36,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("info", list_methods(), ids=lambda info: info.name)
+@rows()
 def test_ranks_agree_with_each_other_and_with_one_process(info, ranks):
     one, two = (rank[info.name] for rank in ranks)
     single, sparsifier, net = train(info, 0, 1)
@@ -52,10 +52,10 @@ def test_ranks_agree_with_each_other_and_with_one_process(info, ranks):
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
     assert all(torch.allclose(a, p, rtol=1e-9) for a, p in zip(one["weights"], net.parameters(), strict=True))
     changed = any(not torch.equal(single[0][name], mask) for name, mask in single[-1].items())
-    assert changed == (info.kind == "dynamic")
+    assert changed == (info.kind in ("dynamic", "structured"))
 
 
-@pytest.mark.parametrize("info", list_methods(), ids=lambda info: info.name)
+@rows()
 def test_masks_are_rank_0s_even_where_gradients_are_not_averaged(info, ranks):
     one, two = (rank[f"{info.name}-alone"] for rank in ranks)
     assert not any(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))

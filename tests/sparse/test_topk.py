@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2sam.sparse.topk import global_topk, topk_mask
 
@@ -62,6 +63,30 @@ def test_no_host_read_without_check():
     scores = torch.tensor([3.0, 1.0, 3.0]).as_subclass(NoBool)
     mask = topk_mask(scores, 1, check=False).as_subclass(torch.Tensor)
     assert mask.tolist() == [True, False, False]
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def test_25_million_weights_are_neither_sorted_nor_read():
+    """On the meta device nothing can be read; the weights are those of a ResNet-50."""
+    n = 25_502_912
+    with Operators() as operators:
+        mask = topk_mask(torch.empty(n, device="meta"), n // 10, check=False)
+    assert (mask.shape, mask.dtype, mask.device.type) == ((n,), torch.bool, "meta")
+    assert operators.names.count("topk") == 1
+    assert not {"sort", "argsort", "msort", "kthvalue", "unique", "_local_scalar_dense"} & set(operators.names)
+    with pytest.raises(RuntimeError, match="meta"):
+        topk_mask(torch.empty(n, device="meta"), n // 10)  # the check is a read, and callers that know leave it out
 
 
 @given(

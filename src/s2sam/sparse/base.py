@@ -28,7 +28,7 @@ from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import NoOptions
 from s2sam.sparse.part import Part
-from s2sam.sparse.prunable import Patterns, discover, in_optimizers
+from s2sam.sparse.prunable import Entry, Patterns, discover, in_optimizers
 from s2sam.sparse.topk import choose
 
 
@@ -50,7 +50,7 @@ class Sparsifier(Measures):
         sparsity: the share of all prunable weights that is 0.
         distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity},
             "global", by the scores over all layers together, or "auto", what the method's authors do: "global" for
-            snip, grasp, synflow and lt, else "erk".
+            snip, grasp, synflow, lt, ac-dc and str, else "erk".
         power_scale: exponent of "erk".
         total_steps: calls of `optimizer.step()` in the whole training, for methods with a schedule.
         batches, loss_fn: data and loss, for methods that score weights with them.
@@ -96,7 +96,7 @@ class Sparsifier(Measures):
             warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
         if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
             raise ValueError("generator must be a CPU torch.Generator, so that every device and rank draws the same")
-        self.final_sparsity, self.power_scale = sparsity, power_scale
+        self._final_sparsity, self.power_scale = sparsity, power_scale
         self.distribution: Distribution = self.default_distribution if distribution == "auto" else distribution
         self.level = self.levels = 0  #: of trainings that follow one another: this one's number, and the last one's
         self.frozen = False
@@ -105,7 +105,7 @@ class Sparsifier(Measures):
         self._initial: dict[str, Tensor] = {}  # masks at the first step, and the union of all since; kept
         self._explored: dict[str, Tensor] = {}  # from the first change on
         self.optimizers = optimizers = check_optimizers(optimizer)
-        self.entries = in_optimizers(discover(model, include, exclude), optimizers)
+        self.entries = self.eligible(in_optimizers(discover(model, include, exclude), optimizers))
         self.weights = {e.name: e.parameter for e in self.entries if e.prunable}  #: the prunable ones
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
         self._ready, self._unchecked = init, True
@@ -127,6 +127,10 @@ class Sparsifier(Measures):
             self._handles.append(m.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
 
     # -- what a method overrides ------------------------------------------------------------------------------------
+
+    def eligible(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """The entries, with a reason at those that the method cannot make sparse. Default: all as they are."""
+        return entries
 
     def check_options(self) -> None:
         """Raise ValueError if the options, `total_steps`, `batches` and `loss_fn` do not go together."""
@@ -173,17 +177,20 @@ class Sparsifier(Measures):
 
     def budget(self, sparsity: float, distribution: Distribution, power_scale: float = 1.0) -> int | dict[str, int]:
         """How many weights to keep: in all together for "global", else in each layer."""
-        shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
         if distribution == "global":
-            return sum(counts(shapes, sparsity, "uniform").values())
-        return counts(shapes, sparsity, distribution, power_scale=power_scale)
+            return sum(counts(self.shapes, sparsity, "uniform").values())
+        return counts(self.shapes, sparsity, distribution, power_scale=power_scale)
 
     def budgets(self, sparsities: Sequence[float]) -> list[int | dict[str, int]]:
         """How many weights to keep at rising sparsities, the last of which is the target: no layer ever gains one."""
         if self.distribution == "global":
             return [self.budget(s, "global") for s in sparsities]
-        shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
-        return list(descend(shapes, sparsities, self.distribution, power_scale=self.power_scale))
+        return list(descend(self.shapes, sparsities, self.distribution, power_scale=self.power_scale))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What budgets are made from: the shape of each prunable weight."""
+        return {name: tuple(w.shape) for name, w in self.weights.items()}
 
     @property
     def min_per_layer(self) -> int:

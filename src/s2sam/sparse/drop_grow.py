@@ -105,8 +105,12 @@ class DropGrow(Sparsifier):
             if grow is None:
                 continue
             kept, n = self.keep(part, name, n)
-            masks[name] = add(kept, grow, n, taken=kept if self.options.regrow_dropped else mask)
+            masks[name] = self.complete(kept, grow, n, taken=kept if self.options.regrow_dropped else mask)
         return masks
+
+    def complete(self, kept: Tensor, grow: Tensor, n: int, *, taken: Tensor) -> Tensor:
+        """The mask after growth. Default: :func:`add`."""
+        return add(kept, grow, n, taken=taken)
 
 
 class GrowByGradient(Sparsifier):

@@ -23,6 +23,19 @@ class Measures:
     weights: dict[str, Tensor]
     _initial: dict[str, Tensor]  # masks at the first step, and the union of all since; kept
     _explored: dict[str, Tensor]  # from the first change on
+    _final_sparsity: float
+
+    @property
+    def final_sparsity(self) -> float:
+        """The sparsity that was asked for. It holds for the whole run: budgets and schedules are made from it."""
+        return self._final_sparsity
+
+    @final_sparsity.setter
+    def final_sparsity(self, value: float) -> None:
+        raise AttributeError(
+            f"the sparsity of a run cannot change under way, from {self._final_sparsity} to {value}; call "
+            "sparsifier.remove() and sparsify() with the new one"
+        )
 
     @property
     def masks(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def unknown(what: str, name: str, names: Iterable[str]) -> ValueError:
     known = list(names)
     close = nearest(name, known)
     hint = f"; did you mean {close!r}?" if close else ""
-    few = f" (one of: {', '.join(known)})" if 0 < len(known) <= 20 else ""
+    few = f" (one of: {', '.join(known)})" if 0 < len(known) <= 40 else ""
     return ValueError(f"unknown {what} {name!r}{hint}{few}")
 
 

@@ -2,7 +2,9 @@
 
 By default: weights of Conv1d, Conv2d, Conv3d and Linear, the stem, the classifier and 1x1 shortcuts among them. Not:
 depthwise convolutions (one input channel per filter: their few weights carry a channel each), embeddings and the Linear
-layers tied to one (a pruned row is a lost token), normalisation weights, biases, and whatever else a module holds.
+layers tied to one (a pruned row is a lost token), normalisation weights, biases, and whatever else a module holds:
+transposed convolutions, the in_proj_weight of MultiheadAttention (its out_proj is a Linear), recurrent cells. `include`
+adds what is left out; every method but those that need neurons first in a weight can take it.
 """
 
 from __future__ import annotations
@@ -90,8 +92,12 @@ def in_optimizers(entries: Sequence[Entry], optimizers: Sequence[Optimizer]) -> 
         ValueError: nothing prunable is left, or a weight is sharded.
     """
     held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    if not entries:
+        raise ValueError("the model has no parameters, so there is nothing to make sparse")
     if not any(e.prunable for e in entries):
-        raise ValueError("the model has no prunable weight; name some with include=, see s2sam.sparse.prunable")
+        largest = sorted(entries, key=lambda e: -e.parameter.numel())[:3]
+        reasons = "; ".join(f"{e.name}: {e.reason}" for e in largest)
+        raise ValueError(f"the model has no prunable weight ({reasons}); name some with include=")
     if not any(id(e.parameter) in held for e in entries):
         raise ValueError("the optimizer shares no parameter with the model; build it from model.parameters()")
     found = []

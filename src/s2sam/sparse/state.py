@@ -25,6 +25,7 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
         "version": VERSION,
         "method": sparsifier.method,
         "steps": [part.step for part in sparsifier.parts],
+        "sparsity": sparsifier.final_sparsity,
         "updates": sparsifier.updates,
         "frozen": sparsifier.frozen,
         "shapes": {name: list(mask.shape) for name, mask in sparsifier.masks.items()},
@@ -51,6 +52,11 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
         raise ValueError(
             f"this state was saved by method {saved['method']!r}, the sparsifier's is {sparsifier.method!r}; "
             f"resume with method={saved['method']!r}"
+        )
+    if saved.get("sparsity", sparsifier.final_sparsity) != sparsifier.final_sparsity:  # not in older states
+        raise ValueError(
+            f"this state was saved at a target sparsity of {saved['sparsity']}, the sparsifier's is "
+            f"{sparsifier.final_sparsity}; a run keeps its sparsity: resume with sparsity={saved['sparsity']}"
         )
     _check_shapes(sparsifier, saved["shapes"])
     if len(saved["steps"]) != len(sparsifier.parts):

@@ -25,7 +25,7 @@ def topk_mask(scores: Tensor, k: int, *, check: bool = True) -> Tensor:
     Raises:
         ValueError: `k` is negative, or larger than the number of candidates.
     """
-    flat = _comparable(scores).flatten()
+    flat = comparable(scores).flatten()
     if not 0 <= k <= flat.numel():
         raise ValueError(f"cannot choose {k} of {flat.numel()} scores")
     if k == 0:
@@ -57,7 +57,7 @@ def global_topk(scores: Mapping[str, Tensor], k: int, *, at_least: int = 0) -> d
     masks = _joint_topk(scores, k)
     if any(int(mask.sum()) < least[name] for name, mask in masks.items()):
         sure = {name: topk_mask(s, least[name]) for name, s in scores.items()}
-        others = {name: _comparable(s).masked_fill(sure[name], -torch.inf) for name, s in scores.items()}
+        others = {name: comparable(s).masked_fill(sure[name], -torch.inf) for name, s in scores.items()}
         masks = {name: sure[name] | mask for name, mask in _joint_topk(others, k - sum(least.values())).items()}
     return masks
 
@@ -84,7 +84,7 @@ def _joint_topk(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return {name: part.view(s.shape).to(s.device) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
-def _comparable(scores: Tensor) -> Tensor:
+def comparable(scores: Tensor) -> Tensor:
     """As float32 or float64, with NaN as the smallest finite number."""
     wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
     return torch.nan_to_num(wide, nan=torch.finfo(wide.dtype).min, posinf=torch.inf, neginf=-torch.inf)

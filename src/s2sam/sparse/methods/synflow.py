@@ -101,6 +101,11 @@ class SynFlow(Saliency):
         first = next(iter(self.batches or ()), None)
         if first is not None:
             batch = Batch.read(first, next(iter(self.weights.values())))
+            if len(batch.args) == 1 and not batch.args[0].is_floating_point():
+                raise ValueError(
+                    "method 'synflow' sends ones through the model, and this one takes whole numbers (tokens); choose "
+                    "another method, such as snip or grasp"
+                )
             if len(batch.args) == 1:
                 return tuple(batch.args[0].shape[1:])
         raise ValueError(

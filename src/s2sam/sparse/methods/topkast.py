@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from s2sam.hooks import StepContext, check_number
-from s2sam.sparse import scores, sync
-from s2sam.sparse.base import Sparsifier
-from s2sam.sparse.budget import Distribution
+from s2sam.hooks import check_number
 from s2sam.sparse.masks import pack_bits, unpack_bits
 from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
+from s2sam.sparse.reserve import Reserve
 from s2sam.sparse.topk import topk_mask
 
 
@@ -38,7 +35,7 @@ class TopKASTOptions:
         check_number("momentum", self.momentum, 0.0, 1.0)
 
 
-class TopKAST(Sparsifier):
+class TopKAST(Reserve):
     """Forward with the largest |theta| of each layer, A; gradients for a larger set of the largest, B; no other moves.
 
     w = theta where A, else 0;   theta <- theta - lr v,  v <- mu v + dL/dw + (lambda / D) theta,  in B but not in A
@@ -75,49 +72,20 @@ class TopKAST(Sparsifier):
         if backward is not None and backward > self.final_sparsity:
             raise ValueError(f"backward_sparsity {backward} is above the sparsity {self.final_sparsity}; lower it")
         self.ratio = 2.0 if backward is None else (1 - backward) / density
-        self.reserve: dict[str, Tensor] = {}  #: theta outside A
-        self.velocity: dict[str, Tensor] = {}
         self.backward: dict[str, Tensor] = {}  #: B
-        self._seen: dict[str, Tensor] = {}
 
-    def initial_scores(self, model: nn.Module) -> dict[str, Tensor]:
-        """|w|."""
-        return {name: scores.magnitude(w) for name, w in self.weights.items()}
+    def trained(self, part: Part, name: str) -> Tensor:
+        """B outside A."""
+        mask = part.layers.masks[name]
+        return self.backward[name].to(mask.device) & ~mask
 
-    def initial_masks(
-        self, model: nn.Module, sparsity: float, distribution: Distribution, power_scale: float
-    ) -> dict[str, Tensor]:
-        """The largest; all other weights are kept aside."""
-        self.reserve = {name: w.detach().clone() for name, w in self.weights.items()}
-        sync.broadcast(self.reserve.values())
-        self.velocity = {name: torch.zeros_like(w) for name, w in self.reserve.items()}
-        return super().initial_masks(model, sparsity, distribution, power_scale)
+    def decay(self, group: Mapping[str, Any]) -> float:
+        """lambda / D."""
+        return super().decay(group) / (1 - self.final_sparsity)
 
-    def theta(self, part: Part, name: str) -> Tensor:
-        """All weights of a layer, in the network or not."""
-        weight = part.layers.weights[name].detach()
-        return torch.where(part.layers.masks[name], weight, self.reserve[name].to(weight.device))
-
-    def look(self, part: Part) -> None:
-        """Keep the gradients of B outside A until the step is done."""
-        scale = getattr(part.optimizer, "grad_scale", None)  # of a GradScaler that leaves unscaling to the optimizer
-        for name, weight in part.layers.weights.items():
-            grad = torch.zeros_like(weight) if weight.grad is None else torch.nan_to_num(weight.grad, 0.0, 0.0, 0.0)
-            self._seen[name] = grad if scale is None else grad / scale.to(grad.device)
-
-    def moved(self, part: Part, context: StepContext) -> None:
-        """Move what is in B but not in A, unless the step was skipped."""
-        seen = {name: self._seen.pop(name) for name in part.layers.masks if name in self._seen}
-        if context.nothing_moved():
-            return
-        for name, weight, group in part.in_groups():
-            if name in seen:
-                outside = self.backward[name].to(weight.device) & ~part.layers.masks[name]
-                theta = self.reserve[name] = self.reserve[name].to(weight.device)
-                decay = group.get("weight_decay", 0.0) / (1 - self.final_sparsity)
-                v = self.velocity[name].to(weight.device).mul_(self.options.momentum).add_(seen[name] + decay * theta)
-                self.velocity[name] = v.mul_(outside)
-                theta -= group["lr"] * v
+    def momentum(self, group: Mapping[str, Any]) -> float:
+        """As the option says."""
+        return self.options.momentum
 
     def due(self, part: Part, t: int) -> bool:
         """Every `delta_t` steps."""
@@ -128,24 +96,19 @@ class TopKAST(Sparsifier):
         return {name: topk_mask(self.theta(part, name).abs(), n, check=False) for name, n in part.kept.items()}
 
     def change_topology(self, part: Part) -> None:
-        """And move values in and out of the network with the masks."""
-        before = {name: self.theta(part, name) for name in part.layers.masks}
+        """And choose B."""
         super().change_topology(part)
-        for name, mask in part.layers.masks.items():
-            self.reserve[name] = before[name]
-            part.layers.weights[name].copy_(before[name] * mask)
+        for name in part.layers.masks:
             self._choose(part, name)
 
     def extra_state(self) -> dict[str, Any]:
-        """Everything outside the network."""
-        packed = {name: pack_bits(mask) for name, mask in self.backward.items()}
-        return {"reserve": dict(self.reserve), "velocity": dict(self.velocity), "backward": packed}
+        """And B."""
+        return super().extra_state() | {"backward": {name: pack_bits(mask) for name, mask in self.backward.items()}}
 
     def load_extra_state(self, extra: Mapping[str, Any]) -> None:
-        """Everything outside the network."""
+        """And B."""
+        super().load_extra_state(extra)
         for name, w in self.weights.items():
-            self.reserve[name] = extra["reserve"][name].to(w.device, copy=True)
-            self.velocity[name] = extra["velocity"][name].to(w.device, copy=True)
             self.backward[name] = unpack_bits(extra["backward"][name], w.shape).to(w.device)
 
     def _choose(self, part: Part, name: str) -> None:
