@@ -76,8 +76,9 @@ def assert_same_run(a, b):
 def test_killed_and_resumed_is_the_unbroken_run(tmp_path, method, optimizer, sharpness):
     optim = dataclasses.replace(TINY.optim, name=optimizer)
     config = dataclasses.replace(
-        TINY, method=method, sharpness=sharpness, optim=optim, lr=0.1 if optimizer == "sgd" else 1e-3
-    )
+        TINY, method=method, sharpness=sharpness, optim=optim, lr=0.1 if optimizer == "sgd" else 1e-3,
+        sparsity=0.75 if method in ("nm", "nm-rigl", "sr-ste") else TINY.sparsity,
+    )  # fmt: skip
     whole, broken = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
     assert forked(lambda: run(whole)) == 0
     forwards = records(tmp_path / "whole")[-1]["n_steps"] * PARTS * (2 if sharpness == "sam" else 1)

@@ -25,7 +25,10 @@ from s2sam.sparse.names import unknown
 
 #: errors of a disk that takes no more: full, over its quota, or a file of more than the size that is allowed
 FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
-VERBS = ("train", "eval", "list", "data", "config", "report", "surface", "bound", "demo", "table", "doctor")
+VERBS = (
+    "train", "eval", "list", "data", "config", "report", "surface", "sharpness", "robust", "bound", "demo", "table",
+    "doctor",
+)  # fmt: skip
 USAGE = """usage: s2sam VERB [options]
 
 Sparse training that generalises, at the price of plain SGD.
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dispatch(args: list[str]) -> int:
     """Run the verb that `args` begins with."""
     if not args or args[0] in ("-h", "--help", "help"):
-        lines = [f"  {verb:<8}{load(verb).HELP}" for verb in VERBS]
+        lines = [f"  {verb:<11}{load(verb).HELP}" for verb in VERBS]
         print(USAGE.format(verbs="\n".join(lines)))
         return 0
     if args[0] in ("-V", "--version"):

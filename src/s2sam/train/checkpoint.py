@@ -78,6 +78,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def kept_name(epoch: int, step: int, every: int) -> list[str]:
+    """The name under which the checkpoint after this epoch stays if each `every`-th does; [] if this one does not.
+
+    >>> kept_name(4, 320, 2), kept_name(3, 240, 2), kept_name(3, 240, 0)
+    (['step-00000320.pt'], [], [])
+    """
+    return [f"step-{step:08d}.pt"] if every and epoch % every == 0 else []
+
+
 @contextmanager
 def fitting(name: str) -> Iterator[None]:
     """Whatever the block, which loads parts of the checkpoint `name`, stumbles over becomes one sentence.

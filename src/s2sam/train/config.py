@@ -85,7 +85,7 @@ class SparseConfig:
     Args:
         distribution: how the sparsity is shared among the layers: erk, er, uniform, uniform-first-dense,
             uniform-first-last-dense, global (by score), a mapping from layers to their sparsities, or auto: global for
-            snip, grasp, synflow and lt, erk for the others.
+            snip, grasp, synflow, lt, ac-dc and str, erk for the others.
         include: weights with these names or of these module classes are pruned too, as in '[stem, LayerNorm]'.
         exclude: weights with these names or of these module classes are never pruned.
         options: options of the method, such as delta_t and drop_fraction; those of other methods are left aside.
@@ -235,6 +235,7 @@ class TrainConfig:
             small networks on a GPU) or max-autotune (these, and kernels tried out one by one; minutes to compile).
         evaluate_every: epochs between evaluations on validation and test images; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; 0 = one at the end of every epoch only.
+        keep_every: epochs between checkpoints that stay, as checkpoints/step-NUMBER.pt; 0 = only the last and the best.
         sam: how the weights are displaced.
         sparse: how the sparsity is laid out.
         optim: the base optimizer.
@@ -270,6 +271,7 @@ class TrainConfig:
     compile: str = "none"
     evaluate_every: int = 1
     checkpoint_every: int = 0
+    keep_every: int = 0
     sam: SamConfig = field(default_factory=SamConfig)
     sparse: SparseConfig = field(default_factory=lambda: SparseConfig(options={"delta_t": 20}))
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -285,6 +287,7 @@ class TrainConfig:
         choice("precision", self.precision, PRECISIONS)
         choice("compile", self.compile, COMPILE)
         whole("checkpoint_every", self.checkpoint_every, 0)
+        whole("keep_every", self.keep_every, 0)
         whole("evaluate_every", self.evaluate_every, 1)
         number("sparsity", self.sparsity, 0.0, below=1.0)
         number("rho", self.rho, 0.0)

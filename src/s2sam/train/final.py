@@ -22,7 +22,8 @@ def finish(
     """Write the final weights and masks, log and return the final record.
 
     Beside the plain test accuracy stands that with re-estimated BatchNorm statistics (`recalibrated_test_top1`), if the
-    network has such layers, and that of the averaged weights (`ema_test_top1`), if there are any.
+    network has such layers, and that of the averaged weights (`ema_test_top1`), if there are any. Of sparse runs also
+    what is left of the first mask (`survival`) and the share of weights ever active (`explored`, R_s of ITOP).
 
     Args:
         state: a run after its last step.
@@ -51,6 +52,8 @@ def finish(
         "test_images": len(state.data.test_x), "n_steps": state.step, "data_digest": state.data.digest,
     }  # fmt: skip
     final |= {key: value for key, value in record.items() if key.startswith("ema_")}
+    if state.sparsifier is not None:
+        final |= {"survival": state.sparsifier.survival(), "explored": state.sparsifier.explored()}
     twin = recalibrated(
         state.model, state.batches.data_x, state.config.batch_size, state.augment,
         generator(state.config.seed, "recalibrate"),

@@ -21,7 +21,8 @@ from s2sam.train.lock import LOCK
 
 FILES = (
     "DONE", "config.yaml", "env.json", "metrics.jsonl", "summary.csv", "model.safetensors", "masks.safetensors",
-    "ema.safetensors", "report.html", "checkpoints", "plots",
+    "ema.safetensors", "report.html", "checkpoints", "plots", "sharpness.json", "premise.json",
+    "robustness-generated.json", "robustness-official.json", "bound.json",
 )  # fmt: skip
 
 

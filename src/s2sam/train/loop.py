@@ -12,7 +12,7 @@ from s2sam.sam.single_step import S2SAM
 from s2sam.track.base import Logger, Loggers
 from s2sam.track.console import ConsoleLogger
 from s2sam.track.files import FileLogger
-from s2sam.train.checkpoint import fitting, save_checkpoint
+from s2sam.train.checkpoint import fitting, kept_name, save_checkpoint
 from s2sam.train.config import TrainConfig
 from s2sam.train.divergence import absurd_loss, check_evaluation, check_losses, check_skips, diverged
 from s2sam.train.environment import environment
@@ -109,7 +109,7 @@ class Trainer:
         self.signals = Signals() if signals is None else signals
         self.timer = StepTimer(state.device)
         self.meter = Meter(state.device, absurd_loss(state.data.num_classes))
-        self.topology = None if state.sparsifier is None else TopologyLog(state.sparsifier)
+        self.topology = None if state.sparsifier is None else TopologyLog(state.sparsifier, state.n_steps)
         self.record: dict[str, Any] = {}  #: of the last finished epoch
         self.watch = Stopwatch()  #: the training time of the epoch
 
@@ -192,13 +192,13 @@ class Trainer:
         self.log_topology()
 
     def log_topology(self) -> None:
-        """If the masks have changed, a record of it; and the averaged weights follow."""
-        state = self.state
-        change = None if self.topology is None else self.topology.change(state.step)
-        if change is not None:
-            self.log.scalars(change)
-            if state.ema is not None and state.sparsifier is not None:
-                state.ema.mask(state.sparsifier.masks)
+        """If the masks have changed, the averaged weights follow; and a record of it, if it is due."""
+        log, ema = self.topology, self.state.ema
+        if log is not None and log.changed() and ema is not None:
+            ema.mask(log.sparsifier.masks)
+        record = None if log is None else log.record(self.state.step)
+        if record is not None:
+            self.log.scalars(record)
 
     def step_record(self, loss: float) -> dict[str, Any]:
         """The record of the step that was just taken, with what S2SAM measured in it."""
@@ -221,14 +221,14 @@ class Trainer:
     def keep(self, record: dict[str, Any]) -> None:
         """Write last.pt, and best.pt if this epoch validates best among those at the highest sparsity so far.
 
-        Epochs that were not measured (`evaluate_every`) are no candidates.
+        Epochs that were not measured (`evaluate_every`) are no candidates. What `keep_every` wants stays as well.
         """
-        names = ("epoch", "val_top1", "test_top1", "sparsity")
         measured = record["test_top1"] is not None
         if measured and (record["val_top1"] is None or beats(record, self.state.best)):
-            self.state.best = {name: record[name] for name in names}
+            self.state.best = {name: record[name] for name in ("epoch", "val_top1", "test_top1", "sparsity")}
             self.save("best.pt")
-        self.save("last.pt")
+        for name in (*kept_name(self.state.epoch, self.state.step, self.state.config.keep_every), "last.pt"):
+            self.save(name)
 
     def save(self, name: str) -> None:
         """Write a checkpoint; its time is not the epoch's."""

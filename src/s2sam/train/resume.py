@@ -15,7 +15,7 @@ from s2sam.train.checkpoint import TornError, load_checkpoint
 from s2sam.train.config import TrainConfig
 from s2sam.train.folder import RunFolder
 
-ANYWHERE = ("out", "device", "checkpoint_every")  #: settings that do not decide what is trained
+ANYWHERE = ("out", "device", "checkpoint_every", "keep_every")  #: settings that do not decide what is trained
 _FREE = (
     "model_options",
     "sparse.options",

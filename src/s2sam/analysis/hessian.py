@@ -1,0 +1,184 @@
+r"""The loss of a network as a function on its active weights: value, gradient and products with its Hessian.
+
+A point is a flat vector e of as many numbers as there are active weights (pruned ones have no coordinate, so that
+nothing measured here can leave the sparse subspace), counted from the network's weights w:
+
+    L(w + e) = (1/N) sum_i loss(f(x_i; w + e), y_i)
+
+Everything happens on a copy. The network that was given is read once and never moved, whatever happens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from s2sam.hooks import check_number
+from s2sam.sparse.names import unknown
+
+BN_MODES = ("eval", "train")
+
+
+class ActiveLoss:
+    """Mean cross entropy over fixed images, on the active weights of a copy of a network.
+
+    Args:
+        model: at the weights w, on the device where it is to run. It is copied and then left alone.
+        x: images as stored (N, C, H, W), on that device.
+        y: labels (N,), or probabilities (N, classes), there as well.
+        prepare: turns stored images into what the model takes; nothing random.
+        masks: True = active, by the name of the parameter; one without a mask is dense.
+        bn: eval = BatchNorm takes the running statistics; train = those of each batch, of `batch_size` images, and its
+            derivatives go through them. All else is in eval mode.
+        dtype: of weights and images: float32, or float64 at about twice the time.
+        batch_size: images that pass the network at once; with bn = train the loss depends on it.
+        label_smoothing: of the cross entropy.
+
+    Raises:
+        ValueError: no images, no active weights, or a mask that does not fit.
+
+    Cost: a copy of the weights, and one more of them to come back to.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> loss = ActiveLoss(model, torch.eye(2), torch.tensor([0, 1]), masks={"weight": torch.eye(2) > 0})
+        >>> loss.size, loss.gradient()[1].shape, loss.product(torch.ones(3, 2)).shape
+        (2, torch.Size([2]), torch.Size([3, 2]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        prepare: Callable[[Tensor], Tensor] = lambda x: x,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        bn: str = "eval",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 250,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if bn not in BN_MODES:
+            raise unknown("BatchNorm mode", bn, BN_MODES)
+        if len(x) == 0:
+            raise ValueError("sharpness needs images, and there are none; choose another split")
+        check_number("batch_size", batch_size, 1)
+        self.x, self.y, self.prepare, self.dtype = x, y, prepare, dtype
+        self.batch_size, self.label_smoothing = int(batch_size), label_smoothing
+        self.model = copy.deepcopy(model).to(dtype)
+        self.model.eval()
+        for module in self.model.modules():
+            if bn == "train" and isinstance(module, _BatchNorm):
+                module.train()
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        masks = masks or {}
+        for name, mask in masks.items():
+            if name not in named or named[name].shape != mask.shape:
+                raise ValueError(f"the mask {name!r} fits no weight of the network; take the masks of the same run")
+        self.parameters = list(named.values())
+        self._weights = [p.detach() for p in self.parameters]
+        self._origin = [p.clone() for p in self._weights]
+        self._masks = [masks[name].to(p.device, copy=True) if name in masks else None for name, p in named.items()]
+        self._sizes = [
+            p.numel() if m is None else int(m.sum()) for p, m in zip(self.parameters, self._masks, strict=True)
+        ]
+        self.size = sum(self._sizes)  #: n, the number of active weights
+        self.passes = {"loss": 0, "gradient": 0, "product": 0}  #: over all images, so far
+        if self.size == 0:
+            raise ValueError("the network has no active weights to move")
+
+    @property
+    def weights(self) -> Tensor:
+        """w (n,), a copy."""
+        return self.flat(self._origin)
+
+    def flat(self, tensors: list[Tensor]) -> Tensor:
+        """The active entries of one tensor for each parameter, as one vector (n,)."""
+        return torch.cat([t.flatten() if m is None else t[m] for t, m in zip(tensors, self._masks, strict=True)])
+
+    def spread(self, vector: Tensor) -> list[Tensor]:
+        """A vector (n,) as one tensor for each parameter, 0 where it is pruned."""
+        found = []
+        for part, p, mask in zip(vector.split(self._sizes), self._weights, self._masks, strict=True):
+            found.append(part.view_as(p) if mask is None else torch.zeros_like(p).masked_scatter_(mask, part))
+        return found
+
+    def split(self, images: int) -> list[ActiveLoss]:
+        """The loss over each `images` images by themselves, on the same copy; what is left over at the end is dropped.
+
+        Fewer images than that are one part.
+        """
+        parts = []
+        for i in range(max(1, len(self.x) // images)):
+            part = copy.copy(self)
+            rows = slice(i * images, (i + 1) * images)
+            part.x, part.y, part.passes = self.x[rows], self.y[rows], dict.fromkeys(self.passes, 0)
+            part.batch_size = min(self.batch_size, images)
+            parts.append(part)
+        return parts
+
+    @torch.no_grad()
+    def loss(self, e: Tensor | None = None) -> float:
+        """L(w + e), reduced in float64; NaN or infinite where the outputs are."""
+        self.passes["loss"] += 1
+        with self._at(e):
+            return math.fsum(float(part) for part in self._parts())
+
+    @torch.enable_grad()
+    def gradient(self, e: Tensor | None = None) -> tuple[float, Tensor]:
+        """L(w + e) and its gradient there (n,)."""
+        self.passes["gradient"] += 1
+        total, found = [], torch.zeros(self.size, dtype=self.dtype, device=self._weights[0].device)
+        with self._at(e):
+            for part in self._parts():
+                total.append(float(part.detach()))
+                found += self.flat(list(torch.autograd.grad(part, self.parameters, materialize_grads=True)))
+        return math.fsum(total), found
+
+    @torch.enable_grad()
+    def product(self, vectors: Tensor) -> Tensor:
+        """H v at w, for each row v of a (k, n) tensor: the :data:`~s2sam.analysis.lanczos.Operator` of this loss.
+
+        Cost: for each batch a forward and a backward, and about two more of these for each row.
+        """
+        found = torch.zeros_like(vectors)
+        directions = [self.spread(row) for row in vectors.detach()]
+        self.passes["product"] += len(directions)
+        for part in self._parts():
+            gradients = torch.autograd.grad(part, self.parameters, create_graph=True, materialize_grads=True)
+            reached = [i for i, g in enumerate(gradients) if g.requires_grad]
+            for row, direction in enumerate(directions):
+                bent = torch.autograd.grad(
+                    [gradients[i] for i in reached], self.parameters, [direction[i] for i in reached],
+                    retain_graph=row + 1 < len(directions), materialize_grads=True,
+                )  # fmt: skip
+                found[row] += self.flat(list(bent))
+        return found
+
+    @contextmanager
+    def _at(self, e: Tensor | None) -> Iterator[None]:
+        """The copy is at w + e within the block and at w, bit for bit, after it."""
+        try:
+            if e is not None:
+                torch._foreach_add_(self._weights, self.spread(e))
+            yield
+        finally:
+            if e is not None:
+                torch._foreach_copy_(self._weights, self._origin)
+
+    def _parts(self) -> Iterator[Tensor]:
+        """The share of each batch in the mean loss: they add up to it."""
+        batches = math.ceil(len(self.x) / self.batch_size)
+        for x, y in zip(self.x.tensor_split(batches), self.y.tensor_split(batches), strict=True):
+            logits = self.model(self.prepare(x).to(self.dtype)).double()  # so that small differences of losses are seen
+            target = y.double() if y.is_floating_point() else y
+            mean = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+            yield mean * (len(x) / len(self.x))
