@@ -104,6 +104,16 @@ def test_what_goes_wrong_leaves_nothing(
     assert left(tmp_path / "out") == []
 
 
+def test_plain_tar_and_md5(publish: Callable[..., str], tmp_path: Path) -> None:
+    data = gzip.decompress(tar())
+    publish(data, sha256="", md5=hashlib.md5(data).hexdigest())
+    assert (get("toy", tmp_path / "mine") / "train.bin").read_bytes() == b"training"
+    publish(data, sha256="", md5="0" * 32)
+    with pytest.raises(ValueError, match="is not the archive toy: its MD5 is .*, not 0000"):
+        get("toy", tmp_path / "other")
+    assert left(tmp_path / "other") == []
+
+
 def test_never_more_than_the_size_is_read(publish: Callable[..., str], tmp_path: Path) -> None:
     publish(tar(content={"toy/zeros": b"\x00" * 10**6}) + b"\x00" * 10**7, size=2000)
     seen: list[int] = []
@@ -232,10 +242,14 @@ def test_a_server_that_fails_leaves_nothing(
 
 
 def test_the_archives_are_the_authors() -> None:
-    assert [row.name for row in ARCHIVES] == ["cifar10", "cifar100"]
-    for row in ARCHIVES:
+    assert [row.name for row in ARCHIVES] == ["cifar10", "cifar100", "cifar10-c", "cifar100-c"]
+    for row in ARCHIVES[:2]:
         assert row.url.startswith("https://www.cs.toronto.edu/~kriz/cifar-10")
         assert len(row.sha256) == 64
         assert row.url.endswith("-python.tar.gz")
+    for row in ARCHIVES[2:]:
+        assert row.url.startswith("https://zenodo.org/records/") and row.url.endswith(f"/{row.folder}.tar")
+        kind, value = row.checksum
+        assert len(value) == {"SHA-256": 64, "MD5": 32}[kind] and len(row.md5) == 32
     with pytest.raises(ValueError, match="unknown archive 'cifar'; did you mean 'cifar10"):
         get("cifar")

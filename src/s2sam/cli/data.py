@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
         description="Download an archive, check its sum and unpack it. One that is a file here already: add "
         "--url file:///PATH/cifar-10-python.tar.gz",
     )
-    get.add_argument("name", metavar="NAME", help="cifar10 or cifar100")
+    get.add_argument("name", metavar="NAME", help="cifar10, cifar100, cifar10-c or cifar100-c")
     get.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to make (default: data/NAME)")
     get.add_argument("--url", help="another address of the same archive; file:///PATH for a file")
     args = parser.parse_args(argv)
@@ -50,8 +50,8 @@ def _list(args: argparse.Namespace) -> int:
     from s2sam.data.fetch import ARCHIVES
 
     show("data", *TABLES["data"]())
-    rows = [(a.name, f"{a.size / 1e6:.0f} MB", a.sha256, a.url) for a in ARCHIVES]
-    show("archives", ("name", "size", "sha256", "address"), rows)
+    rows = [(a.name, f"{a.size / 1e6:.0f} MB", f"{a.checksum[0]} {a.checksum[1]}", a.url) for a in ARCHIVES]
+    show("archives", ("name", "size", "checksum", "address"), rows)
     return 0
 
 

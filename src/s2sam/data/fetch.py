@@ -29,13 +29,19 @@ SCHEMES = ("https", "http", "file")
 
 @dataclass(frozen=True)
 class Archive:
-    """A .tar.gz with one folder of data: where it lies, its exact size and checksum, and the folder in it."""
+    """A .tar or .tar.gz with one folder of data: where it lies, its exact size and checksum, and the folder in it."""
 
     name: str
     url: str
     size: int
-    sha256: str
+    sha256: str  #: "" if its authors give an MD5 only
     folder: str
+    md5: str = ""
+
+    @property
+    def checksum(self) -> tuple[str, str]:
+        """The name of the strongest checksum that is known, and its value."""
+        return ("SHA-256", self.sha256) if self.sha256 else ("MD5", self.md5)
 
 
 #: Sizes and checksums of the authors' archives; their MD5 is c58f30108f718f92721af3b95e74349a (CIFAR-10) and
@@ -54,6 +60,22 @@ ARCHIVES = (
         169_001_437,
         "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         "cifar-100-python",
+    ),
+    Archive(  # checksum: tensorflow/datasets:tensorflow_datasets/url_checksums/cifar10_corrupted.txt, MD5: Zenodo
+        "cifar10-c",
+        "https://zenodo.org/records/2535967/files/CIFAR-10-C.tar",
+        2_918_471_680,
+        "c72763e101c723b7c507b96205f7e938912a5d587376173b825850cf3cb876a7",
+        "CIFAR-10-C",
+        "56bf5dcef84df0e2308c6dcbcbbd8499",
+    ),
+    Archive(
+        "cifar100-c",
+        "https://zenodo.org/records/3555552/files/CIFAR-100-C.tar",
+        2_918_473_216,
+        "",
+        "CIFAR-100-C",
+        "11f0ed0f1191edbf9fa23466ae6021d3",
     ),
 )
 
@@ -89,7 +111,7 @@ def get(
         raise ValueError(f"{address!r} is no address to download from; it begins with https://, http:// or file:///")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{archive.name}-", dir=target.parent) as temporary:
-        file = Path(temporary) / "archive.tar.gz"
+        file = Path(temporary) / "archive.tar"
         download(address, file, archive, progress)
         unpack(file, Path(temporary) / "unpacked")
         inner = Path(temporary) / "unpacked" / archive.folder
@@ -106,7 +128,8 @@ def download(url: str, file: Path, archive: Archive, progress: Callable[[int, in
         ValueError: another size or checksum.
         RuntimeError: no connection, or it breaks.
     """
-    sha, done = hashlib.sha256(), 0
+    kind, expected = archive.checksum
+    sha, done = hashlib.new(kind.replace("-", "").lower(), usedforsecurity=kind != "MD5"), 0
     with file.open("wb") as sink:
         for block in _blocks(url, archive.size + 1):
             sink.write(block)
@@ -116,14 +139,12 @@ def download(url: str, file: Path, archive: Archive, progress: Callable[[int, in
     if done != archive.size:
         kind = "more than" if done > archive.size else f"{done} of"
         raise ValueError(f"{url} gave {kind} the {archive.size} bytes of {archive.name}; try again, or another --url")
-    if sha.hexdigest() != archive.sha256:
-        raise ValueError(
-            f"{url} is not the archive {archive.name}: its SHA-256 is {sha.hexdigest()}, not {archive.sha256}"
-        )
+    if sha.hexdigest() != expected:
+        raise ValueError(f"{url} is not the archive {archive.name}: its {kind} is {sha.hexdigest()}, not {expected}")
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Unpack regular files and folders of a .tar.gz into the new `folder`; anything else refuses the whole archive.
+    """Unpack files and folders of a .tar or .tar.gz into the new `folder`; anything else refuses the whole archive.
 
     Names are checked first (no absolute ones, no "..", no drive letters, no links, devices or pipes), all of them
     before the first file is written; then Python's own filter "data" does the rest.
@@ -135,14 +156,15 @@ def unpack(file: Path, folder: Path) -> None:
     if not hasattr(tarfile, "data_filter"):
         raise RuntimeError("this Python cannot unpack archives safely; use 3.10.12, 3.11.4 or later")
     try:
-        with tarfile.open(file, "r:gz") as tar:
+        with tarfile.open(file, "r:*") as tar:
             for member in tar:
                 _check_member(member)
             folder.mkdir()
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise ValueError(f"{file} is no readable archive, perhaps damaged ({error})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{file} is no readable archive, perhaps damaged ({reason})") from error
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
