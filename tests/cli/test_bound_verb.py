@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
-from s2sam.analysis import bound_suite
+from s2sam.analysis import bound_run, bound_suite
 from s2sam.analysis.bound_check import Check
 from s2sam.cli.main import main
+from s2sam.train import TrainConfig, run
+from s2sam.train.config import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,16 @@ def test_a_violated_bound_is_exit_code_1(suite, capsys, monkeypatch):
 def test_wrong_use_ends_in_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
     cases = [
-        ([], "give --suite"),
-        (["runs/first"], "the constants of a trained network are not estimated yet"),
-        (["runs/first", "--suite"], "use `s2sam bound --suite`"),
+        ([], "name finished runs, or give --suite"),
+        (["runs/first"], "runs/first is not a run folder"),
+        (["runs/first", "--suite"], "give runs or --suite, not both"),
+        (["runs/first", "--lr", "0.2"], "--lr has no effect without --suite"),
+        (["--suite", "--images", "100"], "--images has no effect with --suite"),
+        (["--suite", "--json"], "--json has no effect with --suite"),
+        (["runs/first", "--images", "x"], "invalid images value: 'x'"),
+        (["runs/first", "--images", "1"], "at least two batches of them, got 1"),
+        (["runs/first", "--steps", "0"], "at least one step"),
+        (["a", "a"], "the same run is named twice"),
         (["--suite", "--lr", "0"], "lr must be above 0"),
         (["--suite", "--momentum", "1"], "momentum must be below 1"),
         (["--suite", "--momentum", "0.995"], "at most 0.99"),
@@ -109,3 +119,75 @@ def test_every_experiment_is_in_the_suite(monkeypatch):
     ]  # fmt: skip
     assert told[0] == "same as the classes"
     assert len([t for t in told if t.startswith("stability of")]) == 7  # no direction momentum without momentum
+
+
+QUICK = ("--images", "128", "--steps", "2", "--examples", "1", "--power", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A sparse run with S2-SAM and a dense one without, on the same images."""
+    root = tmp_path_factory.mktemp("bound")
+    for name, method, sharpness in [("rigl", "rigl", "s2sam"), ("dense", "dense", "none")]:
+        data = DataConfig(train_size=320)
+        run(TrainConfig(epochs=1, method=method, sharpness=sharpness, data_options=data, out=str(root / name)))
+    return root
+
+
+def test_runs_side_by_side(runs, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+    out = tmp_path / "a" / "b"
+    argv = [str(runs / "rigl"), str(runs / "dense"), *QUICK, "--out", str(out)]
+    assert main(["bound", *argv]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert "run\tL >=\tmu <=\tmu if F* = 0\tsigma^2 >=" in printed
+    assert sum(line.startswith(("rigl\t", "dense\t")) for line in lines) == 2 + 2 * 3
+    flat = " ".join(printed.split())
+    assert "dense: no displacement: the radius term is 0" in flat and "rigl: displacement 0.0" in flat
+    for name in ("rigl", "dense"):
+        stored = json.loads((runs / name / "bound.json").read_text())
+        assert stored["command"].startswith("s2sam bound ") and stored["versions"]["torch"]
+        assert [p["at"] for p in stored["probes"]] == ["start", "last"]
+        total = stored["terms"]["corollary"]["total"]
+        assert f"{name}\tcorollary" in printed and f"\t{total:.3g}\t" in printed
+        (runs / name / "bound.json").unlink()
+    together = json.loads((out / "bounds.json").read_text())
+    assert [r["run"] for r in together] == ["rigl", "dense"] and "probes" not in together[0]
+    assert (out / "bounds.png").read_bytes().startswith(b"\x89PNG")
+    assert "guessing" in (out / "bounds.svg").read_text()
+    assert {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} == before
+
+    assert main(["bound", str(runs / "dense"), *QUICK, "--out", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)
+    assert row["constants"] == together[1]["constants"] and "bounds.png" in captured.err
+    (runs / "dense" / "bound.json").unlink()
+
+
+def test_ctrl_c_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    before = sorted(runs.rglob("*"))
+    monkeypatch.setattr(bound_run, "measure", interrupted)
+    assert main(["bound", str(runs / "dense"), *QUICK, "--out", str(tmp_path / "out")]) == 130
+    assert sorted(runs.rglob("*")) == before
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_runs_that_cannot_be_measured(runs, tmp_path, capsys):
+    begun = shutil.copytree(runs / "dense", tmp_path / "begun")
+    (begun / "DONE").unlink()
+    other = shutil.copytree(runs / "dense", tmp_path / "other")
+    env = json.loads((other / "env.json").read_text())
+    (other / "env.json").write_text(json.dumps({**env, "data_digest": "0" * 64}))
+    for argv, sentence in [
+        ([begun], "is not a finished run (no DONE file)"),
+        ([tmp_path], "is not a run folder"),
+        ([runs / "dense", other], "were trained on different images"),
+        ([runs / "dense", "--images", "100"], "do not fill two batches of 64"),
+    ]:
+        assert main(["bound", *map(str, argv), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("s2sam: error: ") and error.count("\n") == 1 and sentence in error

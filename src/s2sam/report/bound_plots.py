@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -57,9 +58,19 @@ def write_suite(suite: Suite, folder: Path, *, command: str) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         for name, draw in (("measured", draw_measured), ("rates", draw_rates), ("stability", draw_stability)):
             paths.append(folder / f"{name}.png")
-            with atomic(paths[-1]) as temporary:
-                draw(suite).savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+            save_png(draw(suite), paths[-1])
     return paths
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Whole or not at all, and the same file for the same figure; few colours, so that it is small enough to commit."""
+    from PIL import Image
+
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png", dpi=130)
+    few = Image.open(pixels).convert("RGB").quantize(128)
+    with atomic(path) as temporary:
+        few.save(temporary, format="PNG", optimize=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -77,15 +88,15 @@ def as_json(suite: Suite) -> dict[str, Any]:
         "seed": suite.seed,
         "setting": asdict(suite.setting),
         "assumptions": [asdict(assumption) for assumption in ASSUMPTIONS],
-        "checks": [_plain(asdict(c) | {"holds": c.holds, "limit": c.limit}) for c in suite.checks],
-        "rates": [_plain(asdict(r) | {"slope": r.slope}) for r in suite.rates],
-        "boundaries": [_plain(asdict(b)) for b in suite.boundaries],
+        "checks": finite([asdict(c) | {"holds": c.holds, "limit": c.limit} for c in suite.checks]),
+        "rates": finite([asdict(r) | {"slope": r.slope} for r in suite.rates]),
+        "boundaries": finite([asdict(b) for b in suite.boundaries]),
     }
 
 
 def draw_measured(suite: Suite) -> Figure:
     """Each mean loss against its bound, both logarithmic; what is below the diagonal keeps the bound."""
-    figure, (axes,) = _figure(1, width=6.2, height=5.0)
+    figure, (axes,) = panels_of(1, width=6.2, height=5.0)
     shown = [c for c in suite.checks if c.unit == "loss" and c.high > 0 and c.measured > 0 and math.isfinite(c.high)]
     groups: dict[str, list[Check]] = {}
     for check in shown:
@@ -117,7 +128,7 @@ def draw_measured(suite: Suite) -> Figure:
 def draw_rates(suite: Suite) -> Figure:
     """The gap and its bound against T, eta, rho and n."""
     quantities = list(dict.fromkeys(rate.quantity for rate in suite.rates)) or ["T"]
-    figure, panels = _figure(len(quantities), width=3.4 * len(quantities), height=3.4)
+    figure, panels = panels_of(len(quantities), width=3.4 * len(quantities), height=3.4)
     for axes, quantity in zip(panels, quantities, strict=True):
         for rate in (r for r in suite.rates if r.quantity == quantity):
             colour = _colour(rate.method)
@@ -137,7 +148,7 @@ def draw_stability(suite: Suite) -> Figure:
     """Critical curvatures, predicted and measured, and the root radius that predicts them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, (left, right) = _figure(2, width=11.5, height=4.2)
+    figure, (left, right) = panels_of(2, width=11.5, height=4.2)
     names = [b.method for b in suite.boundaries]
     for place, boundary in enumerate(suite.boundaries):
         colour = _colour(boundary.method)
@@ -171,7 +182,8 @@ def _colour(method: str) -> str:
     return COLOURS.get(sign if sign else method, COLOURS[""])
 
 
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+def panels_of(panels: int, *, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with that many panels side by side, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -180,6 +192,14 @@ def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, Sequen
     return figure, [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON does not have become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def finite(value: Any) -> Any:
+    """Plain values in which numbers that JSON does not have are None.
+
+    >>> finite({"a": [1.0, math.inf], "b": (math.nan, 2)})
+    {'a': [1.0, None], 'b': [None, 2]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

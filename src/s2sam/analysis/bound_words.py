@@ -1,0 +1,105 @@
+"""What the bounds of a network say, in sentences that go no further than the numbers do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Result = Mapping[str, Any]
+
+#: what every right side is compared with: a key of "measured", and what that is
+BESIDE = {
+    "theorem 1": ("test_loss", "the run's mean test loss"),
+    "theorem 1, own decay": ("test_loss", "the run's mean test loss"),
+    "corollary": ("train_loss", "the run's mean training loss, as logged and with F* in it,"),
+}
+ALL = (
+    "what was seen bounds L, B and sigma^2 from below, mu and F* from above (the corollary's sigma^2 is a mean over "
+    "the points seen, on no side); so each term is at most the term with the true constants of F: a bound that is "
+    "vacuous here is vacuous, one that is not proves nothing",
+    "F: mean cross entropy over fixed batches of the images chosen, not augmented, with each batch's own BatchNorm "
+    "statistics, on the active weights; F(w_0), F*, mu and the corollary with weight decay, L, B and sigma^2 without",
+    "neither bound knows a direction: they hold for any displacement that is known before its batch is drawn, and the "
+    "corollary's is smallest at rho = 0; so they can show that S2-SAM does little harm, not that it helps",
+    "a network with ReLU has no L at its kinks, B and PL hold together only within B / mu of the minimisers, and an "
+    "epoch draws its batches without replacement: no run meets the assumptions exactly",
+)
+
+
+def factors(result: Result) -> dict[str, float | None]:
+    """How many times what was measured each right side is, at least; None where nothing was measured.
+
+    >>> factors({"terms": {n: {"total": 3.0} for n in BESIDE}, "measured": {"test_loss": 1.5, "train_loss": None}})
+    {'theorem 1': 2.0, 'theorem 1, own decay': 2.0, 'corollary': None}
+    """
+    found: dict[str, float | None] = {}
+    for name, (key, _) in BESIDE.items():
+        value = result["measured"][key]
+        found[name] = result["terms"][name]["total"] / value if value else None
+    return found
+
+
+def verdicts(result: Result) -> list[str]:
+    """A sentence for each of the bounds."""
+    guess = math.log(result["classes"])
+    lines = []
+    for name, (key, what) in BESIDE.items():
+        total, value, factor = result["terms"][name]["total"], result["measured"][key], factors(result)[name]
+        largest = max(("start", "noise", "radius", "generalisation"), key=lambda term: result["terms"][name][term])
+        line = f"{name}: at least {total:.3g} nats, most of it {largest}"
+        tested, epochs = (result["measured"][count] for count in ("tested_epochs", "epochs"))
+        if key == "test_loss" and tested < epochs:
+            what += f" ({tested} of {epochs} epochs)"
+        if factor is not None:
+            line += f"; {what} was {value:.3g}" + (f", {factor:.3g} times less" if factor >= 1.01 else "")
+        if total > guess:
+            line += f"; vacuous: guessing costs {guess:.3g}"
+        else:
+            line += f"; less than the {guess:.3g} of guessing, so not shown to be vacuous"
+        lines.append(line)
+    return lines
+
+
+def premises(result: Result) -> list[str]:
+    """What the run does that the bounds do not allow, as far as it is known."""
+    condition, lines = result["step_condition"], []
+    broken = "so the corollary's proof does not apply" if condition > 1 else "which is not shown to break the 1 allowed"
+    lines.append(f"learning rate: eta (L + lambda) reaches at least {condition:.3g}, {broken}")
+    share = f"at most {result['decay_share']:.2g} of the 2L that theorem 1 demands"
+    lines.append(f"weight decay {result['weight_decay']:g}: {share}")
+    if result["constants"]["pl"] is None:
+        lines.append("mu: no point lies above the lowest loss seen, so terms with mu are 0, the least they can be")
+    if result["optimizer"] != "sgd":
+        lines.append(f"optimizer: both bounds are about SGD, this run used {result['optimizer']}")
+    elif result["momentum"]:
+        times = 1 / (1 - result["momentum"])
+        lines.append(
+            f"momentum {result['momentum']:g}: both bounds are without; it makes steps up to {times:.3g} times as long"
+        )
+    lines.append(_displacement(result))
+    if any(probe["moved_masks"] for probe in result["probes"]):
+        lines.append("masks changed between steps: differences of gradients across a change are left out")
+    for probe in result["probes"]:
+        if probe["stopped"]:
+            lines.append(
+                f"the loss was not finite {len(probe['losses'])} steps after {probe['at']}; nothing beyond counts"
+            )
+    return lines
+
+
+def _displacement(result: Result) -> str:
+    squared, kind = result["squared_radius"], result["sharpness"]
+    if kind == "none" or squared == 0:
+        return "no displacement: the radius term is 0, and the corollary's bound is SGD's"
+    total, radius = (result["terms"]["corollary"][name] for name in ("total", "radius"))
+    line = f"displacement {math.sqrt(squared):.3g} (root mean square): without it the corollary is {total - radius:.3g}"
+    if kind == "sam":
+        line += "; two-step SAM takes its direction from the same batch, so its gradient is biased and neither applies"
+    return line
+
+
+def sentences(results: Sequence[Result]) -> list[str]:
+    """All of it, for runs side by side; the name of a run stands before what is its own."""
+    lines = [f"{r['run']}: {line}" for r in results for line in [*verdicts(r), *premises(r)]]
+    return [*lines, *ALL]
