@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -50,6 +51,27 @@ def slug(device: torch.device) -> str:
     """
     text = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{_cpu()}-{torch.get_num_threads()}t"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def rounded(value: Any) -> Any:
+    """Five significant digits are more than a clock has.
+
+    >>> rounded({"seconds": [0.123456789, 2]})
+    {'seconds': [0.12346, 2]}
+    """
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_result(result: dict[str, Any], out: Path | None, kind: str, device: torch.device) -> Path:
+    """Write a result, rounded, to `out` or else to results/KIND_HARDWARE.json; returns the path."""
+    path = out or ROOT / "benchmarks" / "results" / f"{kind}_{slug(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(result), indent=2) + "\n")
+    return path
 
 
 def _cpu() -> str:

@@ -20,7 +20,6 @@ Besides: calls, bytes and host syncs added to the base step (rule: `_counters.py
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from torch import nn
 
 from _arms import BASES, DELTA_T, RHO, SGD, SPARSITY, VARIANTS, Arm, make_arm
 from _counters import OpCounter, count_passes, live_bytes
-from _environment import ROOT, environment, slug
+from _environment import environment, write_result
 from _timing import Clock, abba, bootstrap, interleaved, median
 from _vit import ViTTiny
 from s2sam.models import create_model
@@ -278,20 +277,9 @@ def main(argv: list[str] | None = None) -> Path:
         "passes": passes,
         "bars": judge(measured, counters, passes),
     }
-    out: Path = options.out or ROOT / "benchmarks" / "results" / f"step_overhead_{slug(device)}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(_rounded(result), indent=2) + "\n")
+    out = write_result(result, options.out, "step_overhead", device)
     _print(result)
     return out
-
-
-def _rounded(value: Any) -> Any:
-    """Five significant digits are more than a clock has."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _progress(text: str) -> None:

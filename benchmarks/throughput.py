@@ -24,7 +24,6 @@ process; on a CPU they share the threads that the one has to itself.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from _environment import ROOT, environment, slug
+from _environment import environment, write_result
 from _packed import judge_packed, measure_packed, trainer_epoch
 from _timing import Clock, bootstrap, interleaved, median
 from s2sam.models import create_model
@@ -233,9 +232,7 @@ def main(argv: list[str] | None = None) -> Path:
         "bars": judge(measured, device, options),
     }
     kind = "packing" if options.packed else "throughput"
-    out: Path = options.out or ROOT / "benchmarks" / "results" / f"{kind}_{slug(device)}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rounded(result), indent=2) + "\n")
+    out = write_result(result, options.out, kind, device)
     report(result)
     return out
 
@@ -255,15 +252,6 @@ def judge(measured: dict[str, Any], device: torch.device, options: argparse.Name
             holds = None if limit is None else ratio["value"] >= limit
             bars.append({"bar": f"trainer / {other}, {name}", **ratio, "limit": limit, "holds": holds})
     return bars
-
-
-def rounded(value: Any) -> Any:
-    """Five significant digits are more than a clock has."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def report(result: dict[str, Any]) -> None:
