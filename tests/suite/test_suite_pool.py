@@ -105,7 +105,7 @@ def gone(group):
 def test_ctrl_c_saves_what_is_under_way(tmp_path, small, jobs):
     process = begin(tmp_path, small, jobs)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert (process.returncode, errors.strip()) == (130, "s2sam: interrupted")
     assert len(saved_steps(tmp_path)) == jobs
     assert min(saved_steps(tmp_path)) > 0
