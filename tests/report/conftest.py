@@ -155,6 +155,12 @@ def make_run(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def run_writer():
+    """Writes a finished run under the folder it is given; see `write_run`."""
+    return write_run
+
+
+@pytest.fixture(scope="session")
 def design(tmp_path_factory):
     """Folders of 21 finished runs: seven arms, three seeds."""
     return write_design(tmp_path_factory.mktemp("design"))

@@ -32,6 +32,7 @@ def test_sections_and_panels(sections):
         "Training loss": 2,
         "Sparsity per layer": 2,
         "How the masks move": 3,
+        "Masks over the training, method by method": 1,
         "What the displacement does": 4,
     }
 

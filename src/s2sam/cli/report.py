@@ -36,6 +36,7 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from s2sam.report.cost import load_rounds
+    from s2sam.report.sections import measured_sections
     from s2sam.report.surface_section import find_surfaces, surface_section
     from s2sam.report.write import make_table, write_report
 
@@ -44,6 +45,7 @@ def run(argv: list[str]) -> int:
     sections = []
     if args.surfaces:
         sections.append(surface_section(find_surfaces(args.surfaces, arms), arms))
+    sections += measured_sections(arms)
     how = shlex.join(["s2sam", "report", *argv])
     paths = write_report(table, args.out, tables=args.tables, how=how, sections=sections)
     console = Console(highlight=False)

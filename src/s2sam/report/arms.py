@@ -14,7 +14,9 @@ from s2sam.report.read import Run
 from s2sam.train.config import SamConfig
 
 Key = tuple[tuple[str, Any], ...]
-_BOOKKEEPING = frozenset({"seed", "out", "name", "resume", "overwrite", "checkpoint_every", "evaluate_every"})
+_BOOKKEEPING = frozenset(
+    {"seed", "out", "name", "resume", "overwrite", "checkpoint_every", "keep_every", "evaluate_every"}
+)
 _SAM = {f"sam.{key}": value for key, value in asdict(SamConfig()).items()}
 _METHOD_NAMES = {"dense": "Dense", "rigl": "RigL", "set": "SET", "static": "Static", "magnitude": "Magnitude"}
 _SHARPNESS_NAMES = {"s2sam": "S2-SAM", "sam": "SAM"}

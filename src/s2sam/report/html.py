@@ -235,8 +235,10 @@ def _section(section: Section) -> str:
     figures = "".join(
         f'<figure class="card{" wide" if figure.wide else ""}">{figure.svg}</figure>' for figure in section.figures
     )
-    size = {1: " one", 3: " three"}.get(sum(not figure.wide for figure in section.figures), "")
-    head = f'<h2>{_text(section.title)}</h2><p class="caption">{_text(section.caption)}</p>'
+    count = sum(not figure.wide for figure in section.figures)
+    size = " one" if count == 1 else " three" if count % 6 == 3 else ""  # rows without gaps
+    says = f'<ul class="says">{_items(section.says)}</ul>' if section.says else ""
+    head = f'<h2>{_text(section.title)}</h2>{says}<p class="caption">{_text(section.caption)}</p>'
     return f'<section>{head}<div class="grid{size}">{figures}</div></section>'
 
 

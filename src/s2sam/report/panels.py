@@ -24,6 +24,7 @@ class Section:
     title: str
     caption: str
     figures: tuple[Figure, ...]
+    says: tuple[str, ...] = ()  #: what the numbers support, in sentences that stand first
 
 
 def treatments(arms: Iterable[Arm]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from s2sam.report.arms import Arm
 from s2sam.report.curves import Curve, density_curve, epoch_curve, has, limits, record_curve, smooth
 from s2sam.report.draw import DASHES, End, end_labels, log_scale, spread
+from s2sam.report.mask_plots import evolution
 from s2sam.report.panels import Figure, Section, treatments
 from s2sam.report.svg import GRID, INK, MUTED, mark, new_axes, series_colour, shorten, style, to_svg
 from s2sam.report.tables import Row, Table, percent
@@ -29,6 +30,7 @@ def draw_all(table: Table) -> list[Section]:
             _curves(arms, "train_loss", "Training loss", "", "Training loss of each epoch"),
             _layers(arms),
             _masks(arms),
+            evolution(arms),
             _sharpness(arms),
         ]
     return [section for section in sections if section.figures]

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 COLUMNS = 4  #: runs side by side at most
 GUESSES = 10.0  #: a plot ends at this many times the loss of guessing
 _INK, _MUTED, _GRID = "#1c2430", "#5b6675", "#dde2e8"
-_COLOURS: dict[Any, Any] = {
+#: on white paper, over :func:`s2sam.report.svg.style`
+LIGHT: dict[Any, Any] = {
     "text.color": _INK, "axes.labelcolor": _MUTED, "axes.edgecolor": _MUTED, "xtick.color": _MUTED,
     "ytick.color": _MUTED, "grid.color": _GRID, "figure.facecolor": "white", "axes.facecolor": "white",
     "axes.titlesize": 9,
@@ -63,8 +64,8 @@ def draw_surfaces(surfaces: Sequence[Surface], stem: Path) -> list[Path]:
     levels = np.linspace(low, top, 25) if top > low else np.array([low, low + 1.0])
     wide = min(len(surfaces), COLUMNS)
     bands = math.ceil(len(surfaces) / COLUMNS)
-    with style(), matplotlib.rc_context(_COLOURS):
-        figure = _figure(max(2.9 * wide, 4.2) + 0.6, 5.4 * bands)
+    with style(), matplotlib.rc_context(LIGHT):
+        figure = new_figure(max(2.9 * wide, 4.2) + 0.6, 5.4 * bands)
         filled, flat = None, []
         for place, (surface, z) in enumerate(zip(surfaces, grids, strict=True)):
             band, column = divmod(place, COLUMNS)
@@ -90,7 +91,7 @@ def draw_surfaces(surfaces: Sequence[Surface], stem: Path) -> list[Path]:
         assert filled is not None
         text = f"loss (nats), cut off at {top:.3g}" if cut_points(surfaces) else "loss (nats)"
         figure.colorbar(filled, ax=flat, label=text, shrink=0.9, aspect=30, format="%.3g")
-        return _write(figure, stem)
+        return save_figure(figure, stem)
 
 
 def draw_profiles(surfaces: Sequence[Surface], stem: Path) -> list[Path]:
@@ -99,8 +100,8 @@ def draw_profiles(surfaces: Sequence[Surface], stem: Path) -> list[Path]:
     Of 2-D grids the two lines through the centre count as profiles.
     """
     top = ceiling(surfaces)
-    with style(), matplotlib.rc_context(_COLOURS):
-        figure = _figure(5.6, 3.4)
+    with style(), matplotlib.rc_context(LIGHT):
+        figure = new_figure(5.6, 3.4)
         axes = figure.add_subplot()
         for place, surface in enumerate(surfaces):
             lines = clipped(surface.profiles())[0]
@@ -112,17 +113,18 @@ def draw_profiles(surfaces: Sequence[Surface], stem: Path) -> list[Path]:
         axes.set_ylabel("loss (nats)")
         axes.set_title(f"Along {len(surfaces[0].profiles())} random directions: mean, lowest to highest")
         axes.legend(frameon=False, fontsize=8)
-        return _write(figure, stem)
+        return save_figure(figure, stem)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, whose parts make room for each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _write(figure: Figure, stem: Path) -> list[Path]:
-    """The figure as PNG and SVG, each whole or not at all."""
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem`.png and .svg, each whole or not at all; returns the paths."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for path in paths:
         with atomic(path) as temporary:

@@ -6,26 +6,24 @@ The page holds no script: the grids are drawn from several sides, and the reader
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 from s2sam.analysis.roughness import clipped
 from s2sam.analysis.surface_file import Surface, load_surface
+from s2sam.report.arm_bars import Dot, arm_bars
 from s2sam.report.arms import Arm
 from s2sam.report.draw import End, end_labels
+from s2sam.report.held import digest_of
 from s2sam.report.panels import Figure, Section, treatments
 from s2sam.report.surface_plots import ceiling, cut_points
-from s2sam.report.svg import MUTED, mark, new_axes, series_colour, shorten, to_svg
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from s2sam.report.svg import mark, new_axes, series_colour, shorten, style, to_svg
 
 SIDES = {"from above": None, "3-D": -52.0, "turned 90°": 38.0, "turned 180°": 128.0, "turned 270°": 218.0}
 _GREY = "#7f8a99"  # legible on light and dark pages alike
@@ -56,8 +54,7 @@ def find_surfaces(folder: str | Path, arms: Sequence[Arm]) -> Found:
     found: Found = {}
     for arm in arms:
         for run in arm.runs.values():
-            weights = run.folder / "model.safetensors"
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+            digest = digest_of(run.folder)
             if digest in by_weights and arm not in found:
                 found[arm] = by_weights[digest]
     if not found:
@@ -78,8 +75,11 @@ def surface_section(found: Mapping[Arm, Surface], arms: Sequence[Arm]) -> Sectio
     shown = [arm for arm in arms if arm in found]
     first = found[shown[0]]
     figures = [_views(shown, found)] if first.settings.dims == 2 else []
-    figures += [_profiles(base, shown, found, arms) for base in dict.fromkeys(arm.base for arm in shown)]
-    figures += [_bars(shown, found, arms, key, title) for key, title in _RA.items()]
+    with style():
+        figures += [_profiles(base, shown, found, arms) for base in dict.fromkeys(arm.base for arm in shown)]
+        for key, title in _RA.items():
+            values = {arm: [Dot(value) for value in found[arm].summary()[key]] for arm in shown}
+            figures.append(arm_bars(title, "nats", values, treatments(arms), f"surface-{key}"))
     cut = sum(cut_points([found[arm] for arm in shown]).values())
     size = " x ".join([str(first.settings.points)] * first.settings.dims)
     return Section(
@@ -191,29 +191,3 @@ def _profiles(base: str, shown: Sequence[Arm], found: Mapping[Arm, Surface], arm
         f"{text} {v:.3g} at the end" for v, text, _, _ in ends
     )
     return Figure(to_svg(figure, unit, words), words)
-
-
-def _bars(shown: Sequence[Arm], found: Mapping[Arm, Surface], arms: Sequence[Arm], key: str, title: str) -> Figure:
-    """One bar an arm, with a dot for each pair of directions."""
-    names, values = treatments(arms), {arm: found[arm].summary()[key] for arm in shown}
-    figure, axes = new_axes(title, "nats", height=0.9 + 0.42 * len(shown))
-    for place, arm in enumerate(shown):
-        series, mean = names.index(arm.treatment), float(np.mean(values[arm]))
-        colour = series_colour(series)
-        (bar,) = axes.barh(-place, mean, height=0.3, color=colour, alpha=0.75)
-        (dots,) = axes.plot(values[arm], [-place] * len(values[arm]), "o", ms=3, color=colour)
-        text = axes.text(0, -place + 0.2, f"{shorten(arm.name, 40)}: {mean:.3g}", va="bottom", fontsize=8.5)
-        for index, artist in enumerate((bar, dots, text)):
-            mark(artist, series, unique=f"{key}{place}-{index}")
-    horizontal(axes, len(shown))
-    words = f"{title}: " + ", ".join(f"{arm.name} {float(np.mean(v)):.3g}" for arm, v in values.items())
-    return Figure(to_svg(figure, f"surface-{key}", words), words)
-
-
-def horizontal(axes: Axes, rows: int) -> None:
-    """Horizontal bars with their names above them: no vertical axis."""
-    axes.set_ylim(-rows + 0.6, 0.75)
-    axes.set_yticks([])
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.label.set_color(MUTED)

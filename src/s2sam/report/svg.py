@@ -36,6 +36,7 @@ PALETTE = (
     ("#4b3fae", "#a99df5"),
     ("#7a4a21", "#c99a6b"),
 )
+_COORDINATE = re.compile(r"\d+\.\d{3,}")  #: rounded inside of tags, never in the text of a figure
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "s2sam",
@@ -103,7 +104,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}", text)
+    text = re.sub(r"<[^>]*>", lambda tag: _COORDINATE.sub(lambda m: f"{float(m.group()):.2f}", tag.group()), text)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'\sid="([^"]+)"', rf' id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)

@@ -1,0 +1,134 @@
+"""Measurements that the run folders of a report hold: JSON files that the verbs of analysis leave beside the weights.
+
+A file counts only if it was made at the weights that the run holds now, which their digest tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2sam.report.arms import Arm
+from s2sam.train.finished import WEIGHTS
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Results of one kind."""
+
+    by_arm: dict[Arm, dict[int, Result]]  #: arm -> seed -> result, in the report's order; arms without any left out
+    notes: tuple[str, ...] = ()  #: what is left out, and why
+
+    @property
+    def results(self) -> list[Result]:
+        """All of them."""
+        return [result for seeds in self.by_arm.values() for result in seeds.values()]
+
+    @property
+    def first(self) -> Result:
+        """Any, for what all of them share."""
+        return self.results[0]
+
+
+def find(
+    arms: Sequence[Arm],
+    file: str,
+    verb: str,
+    *,
+    shared: Sequence[str],
+    keys: Sequence[str] = (),
+    read: Callable[[Path], Result] | None = None,
+) -> Held:
+    """The results of one kind in the folders of these runs, each named by its arm and seed.
+
+    Args:
+        arms: of the report.
+        file: its name in a run folder.
+        verb: the command that writes it, such as "s2sam bound".
+        shared: keys whose values must be the same in all of them.
+        keys: what else a whole file has.
+        read: reads one file and raises ValueError if it is damaged; None = it is a JSON object with all these keys.
+
+    Raises:
+        ValueError: a file is damaged, or two were not measured in the same way; names them.
+    """
+    found: dict[Arm, dict[int, Result]] = {}
+    stale: list[Path] = []
+    for arm in arms:
+        for seed, run in arm.runs.items():
+            path = run.folder / file
+            if not path.is_file():
+                continue
+            result = read_object(path, verb, (*shared, *keys)) if read is None else read(path)
+            digest = digest_of(run.folder, str(result.get("weights", "final")))
+            if digest is None or result.get("weights_sha256") != digest:
+                stale.append(path)
+                continue
+            found.setdefault(arm, {})[seed] = {**result, "run": f"{arm.name}, seed {seed}"}
+    held = Held(found, (*_stale(stale, verb), *_missing(arms, found)))
+    check_alike(held.results, shared, verb)
+    return held
+
+
+def read_object(path: Path, verb: str, keys: Sequence[str]) -> Result:
+    """The JSON object in a file, which holds these keys and the format 1; ValueError if it is damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(result, dict) and result.get("format") == 1 and all(key in result for key in keys)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged or no result of `{verb}`; delete it, or run that command again")
+    return dict(result)
+
+
+def digest_of(folder: Path, weights: str = "final") -> str | None:
+    """The SHA-256 of the weights in a run folder, "final" or "ema"; None if there are none."""
+    path = folder / WEIGHTS.get(weights, weights)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def check_alike(results: Sequence[Mapping[str, Any]], keys: Sequence[str], verb: str) -> None:
+    """Raise ValueError if one of these values is not the same in all results."""
+    for other in results[1:]:
+        for key in keys:
+            a, b = results[0].get(key), other.get(key)
+            if a != b:
+                raise ValueError(
+                    f"what `{verb}` left in the run folders cannot stand in one report: {differs(key, a, b)} for "
+                    f"{results[0]['run']} and {other['run']}; measure all runs in one command"
+                )
+
+
+def differs(key: str, a: Any, b: Any) -> str:
+    """What differs, in words: of settings only the first that does.
+
+    >>> differs("settings", {"rho": 0.1, "k": 1}, {"rho": 0.2, "k": 1}), differs("images", 100, 200)
+    ('rho is 0.1 and 0.2', 'images is 100 and 200')
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        name = next(name for name in {**a, **b} if a.get(name) != b.get(name))
+        return differs(name, a.get(name), b.get(name))
+    short = [text if len(text) <= 40 else f"{text[:37]}..." for text in (str(a), str(b))]
+    return f"{key} is {short[0]} and {short[1]}"
+
+
+def _stale(paths: Sequence[Path], verb: str) -> list[str]:
+    if not paths:
+        return []
+    listed = ", ".join(map(str, paths))
+    return [f"Left out, as it was measured at other weights than the run holds now: {listed}; run `{verb}` again."]
+
+
+def _missing(arms: Sequence[Arm], found: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
+    """Which arms are not whole; nothing if none was measured at all."""
+    counts = [(arm.name, len(found.get(arm, {})), len(arm.runs)) for arm in arms]
+    if not found or all(n == total for _, n, total in counts):
+        return []
+    return ["Not every run was measured: " + "; ".join(f"{name} {n} of {total}" for name, n, total in counts) + "."]

@@ -1,0 +1,124 @@
+"""Sharpness in the report: what `s2sam sharpness` has measured of its runs, with the train loss beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from s2sam.analysis.sharpness import INVARIANT
+from s2sam.analysis.sharpness_compare import NAMES, match, rank, words
+from s2sam.analysis.sharpness_run import FILE
+from s2sam.report.arm_bars import Dot, arm_bars, number
+from s2sam.report.arms import Arm, reference_of
+from s2sam.report.held import Held, Result, find
+from s2sam.report.panels import Section, treatments
+from s2sam.report.stats import paired_difference
+
+TOLERANCE = 0.1  #: of train losses that match, relative; the default of `s2sam sharpness`
+SHARED = ("settings", "split", "images", "data_digest", "augmentation", "weights")
+#: measure -> title and unit of its panel; the train loss first, then what is scale-invariant, then the raw ones
+PANELS = {
+    "train_loss": ("Train loss, which must match", "nats"),
+    "lambda_w2": ("lambda_max ||w||^2", "nats"),
+    "trace_w2_n": ("trace ||w||^2 / n", "nats"),
+    "worst_adaptive": ("Adaptive worst case", "rise of the loss, nats"),
+    "average_adaptive": ("Adaptive average", "rise of the loss, nats"),
+    "lambda_max": ("lambda_max, raw", "largest eigenvalue of the Hessian"),
+    "trace": ("Trace, raw", "of the Hessian"),
+    "worst": ("Worst case, raw", "rise of the loss, nats"),
+    "m_sharpness": ("m-sharpness, raw", "rise of the loss, nats"),
+}
+
+
+def find_sharpness(arms: Sequence[Arm]) -> Held:
+    """What the run folders hold; ValueError as :func:`s2sam.report.held.find`."""
+    return find(arms, FILE, "s2sam sharpness", shared=SHARED, keys=tuple(PANELS))
+
+
+def sharpness_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
+    """Bars of each measure."""
+    first, names = held.first, treatments(arms)
+    given = first["settings"]
+    figures = tuple(
+        arm_bars(title, unit, {arm: [dot(r[key]) for r in seeds.values()] for arm, seeds in held.by_arm.items()},
+                 names, f"sharpness-{key}")
+        for key, (title, unit) in PANELS.items()
+    )  # fmt: skip
+    section = Section(
+        "Sharpness",
+        f"Curvature and rise of the mean cross entropy around the {first['weights']} weights, on the active ones, over "
+        f"{first['images']:,} {first['split']} images, not augmented, BatchNorm {given['bn']}. A bar is the mean over "
+        "the seeds, a dot one run, the thin line its spread over random draws. Hatched: an eigenvalue did not "
+        "converge, so that the bar is a lower bound, or there is no finite value. Raw measures change when weights are "
+        "rescaled without a change of the function; the curvature of the cross entropy falls with the loss, so look at "
+        "the train loss first. A flatter minimum does not show by itself that a network generalises better.",
+        figures,
+        says=(*sentences(held, arms), *held.notes),
+    )
+    return [section]
+
+
+def dot(measured: Mapping[str, Any] | float | None) -> Dot:
+    """One run's value of a measure.
+
+    >>> dot(0.5), dot({"value": 2.0, "error": 0.1, "converged": False})
+    (Dot(value=0.5, error=None, reliable=True), Dot(value=2.0, error=None, reliable=False))
+    """
+    if not isinstance(measured, Mapping):
+        return Dot(measured)
+    fine = bool(measured.get("converged", True))
+    return Dot(measured["value"], measured.get("sd", measured.get("error")) if fine else None, fine)
+
+
+def sentences(held: Held, arms: Sequence[Arm]) -> list[str]:
+    """What may be said of each network; no order where train losses do not match."""
+    bases: dict[str, list[Arm]] = {}
+    for arm in held.by_arm:
+        bases.setdefault(arm.base, []).append(arm)
+    count = len(INVARIANT) * sum(reference_of(arm, arms) in held.by_arm for arm in held.by_arm)
+    said: list[str] = []
+    for base, own in bases.items():
+        if len(own) < 2:
+            said.append(f"{base}: one arm was measured, so nothing is compared.")
+            continue
+        rows = [r | {"run": _short(arm, seed, held)} for arm in own for seed, r in held.by_arm[arm].items()]
+        found = match(rows, TOLERANCE)
+        if not found.matched or all(len(held.by_arm[arm]) == 1 for arm in own):
+            said += [f"{base}: {line}." for line in words(rows, TOLERANCE)]
+            continue
+        said.append(
+            f"{base}: train losses match, as they lie within {100 * found.spread:.1f} % of each other; "
+            f"{100 * TOLERANCE:g} % is the tolerance."
+        )
+        for arm in own:
+            reference = reference_of(arm, arms)
+            if reference in held.by_arm and reference is not None:
+                said += [_paired(held, arm, reference, name, rows, count) for name in INVARIANT]
+    return said
+
+
+def _short(arm: Arm, seed: int, held: Held) -> str:
+    several = any(len(seeds) > 1 for other, seeds in held.by_arm.items() if other.base == arm.base)
+    return f"{arm.treatment}, seed {seed}" if several else arm.treatment
+
+
+def _paired(held: Held, arm: Arm, reference: Arm, name: str, rows: Sequence[Result], count: int) -> str:
+    """The difference in one measure, over the seeds, and what its interval shows."""
+    start = f"{arm.base}, {NAMES[name]}: "
+    a, b = held.by_arm[arm], held.by_arm[reference]
+    bad = rank(rows, name).unreliable
+    if bad:
+        return f"{start}not compared, as there is no reliable value of {', '.join(bad)}."
+    if a.keys() != b.keys():
+        return f"{start}{arm.treatment} and {reference.treatment} were measured at other seeds, so they are not paired."
+    found = paired_difference(
+        *({seed: float(r[name]["value"]) for seed, r in one.items()} for one in (a, b)), comparisons=count
+    )
+    said = f"{start}{arm.treatment} minus {reference.treatment} is {number(found.mean, sign=True)}"
+    interval = found.simultaneous
+    if interval is None:
+        return f"{said} (n = {found.n}, no interval)."
+    covering = f" for all {count} together" if count > 1 else ""
+    shown = "shows a difference" if found.shows else "shows none"
+    between = f"{number(interval.low, sign=True)} to {number(interval.high, sign=True)}"
+    return f"{said}, 95 % interval{covering} {between} (n = {found.n}): this {shown}."
