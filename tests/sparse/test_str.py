@@ -312,3 +312,30 @@ def test_no_threshold_above_one():
         s_for_sparsity(torch.tensor([2.0, 3.0]), 0.5)
     with pytest.raises(ValueError, match="momentum must be"):
         s_before_decay(-1.0, 1.0, 1e-4, 1.0)
+
+
+def thresholds_of_two_optimizers(mask_gradients):
+    generator_ = generator(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    for p in net.parameters():
+        p.data.normal_(std=0.4, generator=generator_)
+    optimizers = [torch.optim.SGD(net[i].parameters(), lr=0.5) for i in (0, 2)]
+    sparsifier = sparsify(
+        net, optimizers, method="str", sparsity=0.5, total_steps=100, delta_t=100, distribution="uniform", s_init=-1.0,
+        initial_sparsity=0.3, generator=generator(2),
+    )  # fmt: skip
+    x = torch.randn(16, 6, generator=generator(1))
+    for _ in range(3):
+        net(x).pow(2).sum().backward()
+        if mask_gradients:
+            sparsifier.mask_gradients()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: float(s) for name, s in sparsifier.s.items()}
+
+
+def test_masking_before_clipping_keeps_what_each_optimizer_saw():
+    plain, masked = thresholds_of_two_optimizers(False), thresholds_of_two_optimizers(True)
+    assert len(set(plain.values())) == 2
+    assert plain == masked

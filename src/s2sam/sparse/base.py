@@ -247,7 +247,7 @@ class Sparsifier(Measures):
             raise ValueError("missed_step() takes one of the optimizers that sparsify() was given, or none for all")
         for part in self.parts:
             if optimizer is None or part.optimizer is optimizer:
-                part.step += 1
+                part.missed()
 
     @torch.no_grad()
     def catch_up(self) -> bool:

@@ -82,6 +82,11 @@ class Part:
         if not self.owner.frozen:
             self.owner.look(self)
 
+    def missed(self) -> None:
+        """A step that never reached the optimizer: it counts, and what the method saw of its gradients is void."""
+        self.step += 1
+        self._shown = False
+
     def apply(self) -> None:
         """Weights and optimizer state of pruned positions become 0, now."""
         self.layers.apply_to_weights()

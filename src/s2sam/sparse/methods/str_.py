@@ -140,7 +140,7 @@ class STR(GMP):
 
     def moved(self, part: Part, context: StepContext) -> None:
         """Take theta and s along, unless the step was skipped; the weights are S of them."""
-        seen, self._seen = self._seen, {}
+        seen = {name: self._seen.pop(name) for name in part.layers.masks if name in self._seen}
         live = {} if self.frozen else self._live(part)
         if not live or context.nothing_moved():
             return
