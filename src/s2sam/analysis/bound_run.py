@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 from s2sam.train.checkpoint import load_checkpoint
 from s2sam.train.config import TrainConfig
-from s2sam.train.finished import WEIGHTS, read_folder
+from s2sam.train.finished import read_folder, weights_digest
 from s2sam.train.schedule import factor
 from s2sam.train.seeding import derive
 from s2sam.train.state import TrainState, build
@@ -122,7 +121,7 @@ def measure_run(
     return {
         "format": 1, "run": label, **facts(state, env), "settings": asdict(settings),
         "images": objective.images, "all_images": len(state.data.train_x), "batches": len(objective.batches),
-        "weights_sha256": hashlib.sha256((folder / WEIGHTS["final"]).read_bytes()).hexdigest(),
+        "weights_sha256": weights_digest(folder),
         **evaluate(state, probes, epochs, steps), "probes": where,
     }  # fmt: skip
 

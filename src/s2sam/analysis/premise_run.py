@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from s2sam.analysis.surface_run import choose
 from s2sam.sparse.names import unknown
 from s2sam.train.checkpoint import load_checkpoint
 from s2sam.train.config import TrainConfig, number, whole
-from s2sam.train.finished import WEIGHTS, read_folder
+from s2sam.train.finished import read_folder, weights_digest
 from s2sam.train.seeding import derive
 from s2sam.train.state import TrainState, build
 
@@ -134,7 +133,7 @@ def measure_premise(
         "run": label, "format": FORMAT, "points": points, "settings": asdict(settings),
         "rho": settings.radius(config), "run_sharpness": config.sharpness, "run_rho": config.rho,
         "data_digest": env["data_digest"], "steps": state.n_steps, "device": state.device.type,
-        "weights_sha256": hashlib.sha256((folder / WEIGHTS["final"]).read_bytes()).hexdigest(),
+        "weights_sha256": weights_digest(folder),
         "direction": "e = rho d / ||d|| on the active weights, before the step, on its own batch",
     }  # fmt: skip
 

@@ -20,7 +20,7 @@ from s2sam.data.corrupted_files import Source, open_official
 from s2sam.data.corruptions import CORRUPTIONS, SEVERITIES, Generated, check_corruptions, check_severities
 from s2sam.data.images import ImageData
 from s2sam.train.config import TrainConfig
-from s2sam.train.finished import WEIGHTS, load_model, read_folder
+from s2sam.train.finished import load_model, read_folder, weights_digest
 from s2sam.train.state import choose_device
 
 #: settings in which the seeds of one arm may differ
@@ -151,7 +151,7 @@ def open_network(folder: Path, data: ImageData, weights: str, device: torch.devi
     model = load_model(folder, config, env, data, weights).to(device).eval()
     mean, std = (torch.tensor(env[name]).to(device) for name in ("mean", "std"))
     facts = {
-        "weights": weights, "weights_sha256": _sha256(folder / WEIGHTS[weights]), "arm": arm_of(config),
+        "weights": weights, "weights_sha256": weights_digest(folder, weights), "arm": arm_of(config),
         "run_seed": config.seed,
     }  # fmt: skip
     return Network(model, Augment(mean, std, "none"), facts)
@@ -181,7 +181,7 @@ def stored(folder: Path, settings: RobustSettings) -> Result | None:
         "corruptions": list(settings.corruptions), "severities": list(settings.severities), "run_seed": config.seed,
         "image_seed": settings.seed, "images": min(settings.images or result["all_images"], result["all_images"]),
         "data_digest": env["data_digest"], "weights": settings.weights, "arm": arm_of(config),
-        "weights_sha256": _sha256(folder / WEIGHTS[settings.weights]),
+        "weights_sha256": weights_digest(folder, settings.weights),
     }  # fmt: skip
     if settings.official is not None:
         wanted["files"] = Path(settings.official).resolve().name
@@ -189,10 +189,6 @@ def stored(folder: Path, settings: RobustSettings) -> Result | None:
         wanted |= {"corruption_seed": settings.seed}
         wanted |= {} if settings.constants is None else {"constants": settings.constants}
     return result if all(result.get(name) == value for name, value in wanted.items()) else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @torch.no_grad()

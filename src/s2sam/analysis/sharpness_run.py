@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from s2sam.analysis.surface_run import choose, load_masks
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.train.atomic import write_text
-from s2sam.train.finished import WEIGHTS, load_model, read_folder
+from s2sam.train.finished import load_model, read_folder, weights_digest
 from s2sam.train.state import choose_device
 
 FORMAT = 1
@@ -84,7 +83,7 @@ def measure_run(
         "run": label, "format": FORMAT, "train_loss": trained["loss"], "train_images": trained["images"], **found,
         "settings": asdict(settings), "split": split, "images": len(loss.x), "all_images": len(data.split(split)[1]),
         "data_digest": data.digest, "augmentation": "none", "measure": "mean cross entropy in nats", "weights": weights,
-        "weights_sha256": hashlib.sha256((folder / WEIGHTS[weights]).read_bytes()).hexdigest(),
+        "weights_sha256": weights_digest(folder, weights),
         "parameters": sum(p.numel() for p in model.parameters()), "active_weights": loss.size,
         "run_sharpness": config.sharpness, "run_rho": config.rho, "device": there.type,
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,7 +18,7 @@ from s2sam.analysis.surface_file import Surface
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.train.config import TrainConfig
-from s2sam.train.finished import WEIGHTS, load_images, load_model, read_folder
+from s2sam.train.finished import load_images, load_model, read_folder, weights_digest
 from s2sam.train.processes import in_processes
 from s2sam.train.seeding import derive
 from s2sam.train.state import choose_device
@@ -91,7 +90,7 @@ def open_run(
     )
     facts = {
         "split": split, "images": len(x), "all_images": len(data.split(split)[1]), "data_digest": data.digest,
-        "weights": weights, "weights_sha256": hashlib.sha256((folder / WEIGHTS[weights]).read_bytes()).hexdigest(),
+        "weights": weights, "weights_sha256": weights_digest(folder, weights),
         "masked_weights": sum(int((~mask).sum()) for mask in masks.values()),
         "classes": len(env["classes"]), "calibration_images": 0 if calibration is None else len(calibration),
     }  # fmt: skip

@@ -5,7 +5,6 @@ A file counts only if it was made at the weights that the run holds now, which t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s2sam.report.arms import Arm
-from s2sam.train.finished import WEIGHTS
+from s2sam.train.finished import WEIGHTS, weights_digest
 
 Result = dict[str, Any]
 
@@ -90,8 +89,8 @@ def read_object(path: Path, verb: str, keys: Sequence[str]) -> Result:
 
 def digest_of(folder: Path, weights: str = "final") -> str | None:
     """The SHA-256 of the weights in a run folder, "final" or "ema"; None if there are none."""
-    path = folder / WEIGHTS.get(weights, weights)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    there = weights in WEIGHTS and (folder / WEIGHTS[weights]).is_file()
+    return weights_digest(folder, weights) if there else None
 
 
 def check_alike(results: Sequence[Mapping[str, Any]], keys: Sequence[str], verb: str) -> None:

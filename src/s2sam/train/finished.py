@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def read_folder(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     if not known:
         raise ValueError(f"{folder}/env.json does not tell how images are normalised; train the run again")
     return config, env
+
+
+def weights_digest(folder: Path, weights: str = "final") -> str:
+    """The SHA-256 of the weights in a run folder, "final" or "ema": what a measurement of them is known by."""
+    return hashlib.sha256((folder / WEIGHTS[weights]).read_bytes()).hexdigest()
 
 
 def load_images(config: TrainConfig, env: dict[str, Any], data: str | None) -> ImageData:
