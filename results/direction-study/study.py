@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,10 @@ Row = dict[str, Any]
 
 def make_data(source: Path) -> None:
     """Four classes, pooled 2x2: 5,600 images for training and validation, 4,000 for the test, always the same ones."""
-    import torch
+    sys.path.append(str(HERE.parent))
+    from pooled_images import pooled
 
-    from s2sam.data import load_data
-
-    data, rng = load_data(source, val_fraction=0.0), np.random.default_rng(0)
-    wanted = [data.classes.index(name) for name in CLASSES]
-    arrays = {}
-    for split, each in (("train", 1400), ("test", 1000)):
-        x, y = data.split(split)
-        pooled = torch.nn.functional.avg_pool2d(x.float(), 2).round().to(torch.uint8).numpy()
-        order = rng.permutation(len(y))
-        rows = np.concatenate([order[y.numpy()[order] == label][:each] for label in wanted])
-        arrays |= {f"{split}_x": pooled[rows], f"{split}_y": np.repeat(np.arange(len(wanted)), each)}
-    np.savez_compressed(DATA, classes=np.array(CLASSES), **arrays)
+    pooled(source, DATA, CLASSES, train=1400, test=1000)
 
 
 def config(cell: str, seed: int, changes: Mapping[str, Any], name: str) -> TrainConfig:

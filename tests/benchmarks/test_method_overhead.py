@@ -114,6 +114,20 @@ def test_the_cost_of_an_update_is_spread_over_its_interval():
     assert method_overhead._cost(1)([1.0], [9.0], [0.0], [10.0]) == pytest.approx(1.9)
 
 
+def test_a_cost_is_set_against_steps_of_larger_images():
+    row = {
+        "rounds": {"added": [1.0, 1.0], "update_added": [9.0, 9.0], "passes": []},
+        "steps_between_updates": 4,
+        "ratio": {"value": 1.3},
+    }
+    full = method_overhead.against(row, [100.0, 100.0, 100.0])
+    assert full["ratio"]["value"] == pytest.approx(1 + 3 / 100)
+    assert full["small_ratio"] == {"value": 1.3}
+    row["rounds"]["passes"] = [0.5, 0.5]
+    with pytest.raises(ValueError, match="measure with these images"):
+        method_overhead.against(row, [100.0])
+
+
 def test_the_bar_judges_the_value_and_leaves_out_what_refused():
     row = {"passes": {"ordinary": [1, 1]}, "trainings": 1}
     ratios = {"a": {"value": 1.04, "interval": [1.0, 1.06]}, "b": {"value": 1.06, "interval": [1.05, 1.07]}}

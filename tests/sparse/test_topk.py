@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2sam.sparse.topk import global_topk, topk_mask
+from s2sam.sparse.topk import LARGE, global_topk, kth_largest, topk_mask
 
 values = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan]),
@@ -75,6 +75,34 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.__name__.partition(".")[0])
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "candidates", "sorted", "periodic", "one value"])
+def test_many_scores_on_a_cpu(kind):
+    """The bracket finds the same value as a sort, also where every 64th value is a bad sample."""
+    generator = torch.Generator().manual_seed(0)
+    n = LARGE + 17
+    scores = torch.randn(n, generator=generator)
+    if kind == "ties":
+        scores = (scores * 3).round()
+    elif kind == "candidates":
+        scores[torch.rand(n, generator=generator) < 0.9] = -math.inf
+    elif kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "periodic":
+        scores[::64] = torch.arange(len(scores[::64])) + 10.0
+    elif kind == "one value":
+        scores[:] = 2.0
+    order = scores.sort(descending=True, stable=True)
+    candidates = int((scores > -math.inf).sum())
+    for k in (1, 2, 7, candidates // 10, candidates // 2, candidates - 1, candidates):
+        assert kth_largest(scores, k) == order.values[k - 1]
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order.indices[:k]] = True
+        assert torch.equal(topk_mask(scores, k), expected)
+    if candidates < n:
+        with pytest.raises(ValueError, match=f"cannot choose {candidates + 1} of {candidates} candidates"):
+            topk_mask(scores, candidates + 1)
 
 
 def test_25_million_weights_are_neither_sorted_nor_read():

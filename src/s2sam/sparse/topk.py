@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
+
+LARGE = 1 << 15  #: scores on a CPU from which on numpy's vectorised selection takes over
 
 
 def topk_mask(scores: Tensor, k: int, *, check: bool = True) -> Tensor:
@@ -17,7 +20,7 @@ def topk_mask(scores: Tensor, k: int, *, check: bool = True) -> Tensor:
 
     NaN counts as the smallest finite number: it ranks lowest among the candidates. -inf marks positions that are no
     candidates. `check=False` leaves out the one host read that counts the candidates, for callers that know there are
-    enough. Cost: one `torch.topk` and one cumulative sum.
+    enough. Cost: one `torch.topk` and one cumulative sum; for many scores on a CPU one `numpy.partition`.
 
     >>> topk_mask(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2).tolist()
     [True, True, False, False]
@@ -30,12 +33,30 @@ def topk_mask(scores: Tensor, k: int, *, check: bool = True) -> Tensor:
         raise ValueError(f"cannot choose {k} of {flat.numel()} scores")
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = torch.topk(flat, k, sorted=False).values.min()
+    large = flat.device.type == "cpu" and flat.numel() >= LARGE  # there a read costs nothing
+    threshold = kth_largest(flat, k)
     if check and bool(threshold == -torch.inf):
         raise ValueError(f"cannot choose {k} of {int((flat > -torch.inf).sum())} candidates")
+    if large and torch.count_nonzero(mask := flat >= threshold) == k:  # no tie is cut
+        return mask.view(scores.shape)
     above, level = flat > threshold, flat == threshold
     mask = above | (level & (level.cumsum(0) <= k - above.sum()))
     return mask.view(scores.shape)
+
+
+def kth_largest(flat: Tensor, k: int) -> Tensor:
+    """The k-th largest of a row without NaN, k >= 1, as a tensor of no dimension.
+
+    `torch.topk` on a CPU selects one value after the other; `numpy.partition` uses vector instructions and takes a
+    fraction of the time for the same value.
+
+    >>> kth_largest(torch.tensor([1.0, 3.0, 2.0]), 2)
+    tensor(2.)
+    """
+    if flat.device.type == "cpu" and flat.numel() >= LARGE:
+        place = flat.numel() - k
+        return torch.tensor(np.partition(flat.detach().numpy(), place)[place])
+    return torch.topk(flat, k, sorted=False).values.min()
 
 
 def global_topk(scores: Mapping[str, Tensor], k: int, *, at_least: int = 0) -> dict[str, Tensor]:

@@ -1,0 +1,162 @@
+"""Does every sparse training method beat a random mask that never moves? The commands are in README.md.
+
+    python results/methods-study/study.py data --source FOLDER    # cifar10-16.npz from CIFAR-10 as parquet files
+    python results/methods-study/study.py report                  # methods.csv, n-of-m.csv -> report.md
+
+The training itself is done by `s2sam table`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from s2sam.report.formats import markdown_grid
+from s2sam.report.stats import LEVEL, deviation, mean
+from s2sam.suite.pooled import pooled_difference
+
+HERE = Path(__file__).resolve().parent
+STATIC, DENSE = "Static ERK", "Dense"
+Values = dict[str, dict[float, dict[int, float]]]  #: method -> sparsity -> seed -> accuracy in points
+
+
+def make_data(source: Path) -> None:
+    """All ten classes, pooled 2x2: 4,000 images for training and 10,000 for the test, always the same ones."""
+    sys.path.append(str(HERE.parent))
+    from pooled_images import pooled
+
+    pooled(source, HERE / "cifar10-16.npz", None, train=400, test=1000)
+
+
+def load(name: str) -> tuple[Values, list[dict[str, str]]]:
+    """Accuracies of the finished runs of one table, and the lines of the failed ones."""
+    with (HERE / name).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    values: Values = {}
+    for line in lines:
+        if line["state"] == "finished":
+            cell = values.setdefault(line["row"], {}).setdefault(float(line["sparsity"]), {})
+            cell[int(line["seed"])] = 100 * float(line["test_top1"])
+    return values, [line for line in lines if line["state"] != "finished"]
+
+
+def differences(values: Values, method: str) -> dict[float, list[float]]:
+    """Method minus static ERK, paired over seeds, for each sparsity that both have."""
+    mine, static = values[method], values[STATIC]
+    return {
+        sparsity: [mine[sparsity][seed] - static[sparsity][seed] for seed in sorted(mine[sparsity])]
+        for sparsity in sorted(mine)
+        if set(mine[sparsity]) == set(static.get(sparsity, {}))
+    }
+
+
+def half_width(values: Values, sparsity: float, comparisons: int) -> float:
+    """Of the interval of any method's difference at one sparsity.
+
+    t_{1 - a/2, nu} s / sqrt(n): s^2 is the variance of paired differences pooled over the methods, nu its degrees of
+    freedom, a = 0.05 / comparisons. It takes the variance to be the same for all methods.
+    """
+    from scipy import stats
+
+    found = [d[sparsity] for name in values if name != STATIC and sparsity in (d := differences(values, name))]
+    freedom = sum(len(d) - 1 for d in found)
+    squares = math.fsum((x - mean(d)) ** 2 for d in found for x in d)
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * comparisons), freedom))
+    return quantile * math.sqrt(squares / freedom / len(found[0]))
+
+
+def verdict(low: float, high: float) -> str:
+    """In words.
+
+    >>> verdict(0.1, 2.0), verdict(-1.0, 2.0), verdict(-2.0, -0.1)
+    ('above static', 'not told from static', 'below static')
+    """
+    return "above static" if low > 0 else "below static" if high < 0 else "not told from static"
+
+
+def section(name: str, title: str) -> list[str]:
+    """One table: a line for each method, best first."""
+    values, failed = load(name)
+    sparsities = sorted({s for cells in values.values() for s in cells if s > 0})
+    others = [m for m in values if m not in (STATIC, DENSE)]
+    comparisons = len(others)
+    compared = {method: values[method] for method in (STATIC, *others)}
+    halves = {s: half_width(compared, s, comparisons * len(sparsities)) for s in sparsities}
+    rows: list[tuple[float, list[str]]] = []
+    for method in others:
+        paired = differences(values, method)
+        pooled = pooled_difference(list(paired.values()), comparisons=comparisons)
+        interval = pooled.interval
+        assert interval is not None
+        texts = [method]
+        for s in sparsities:
+            cell = list(values[method].get(s, {}).values())
+            if not cell:
+                texts += ["-", "-"]
+                continue
+            texts += [accuracy(cell), f"{mean(paired[s]):+.1f}"]
+        texts.append(f"{pooled.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]")
+        texts.append(verdict(interval.low, interval.high))
+        rows.append((pooled.mean, texts))
+    static = [STATIC, *(t for s in sparsities for t in (accuracy(list(values[STATIC][s].values())), "")), "", ""]
+    lines = [static, *(texts for _, texts in sorted(rows, key=lambda row: -row[0]))]
+    head = ["method", *(t for s in sparsities for t in (f"{100 * s:g} %", "diff")), "mean difference", "in words"]
+    parts = [f"## {title}", "\n".join(markdown_grid([head, *lines]))]
+    if DENSE in values:
+        dense = next(iter(values[DENSE].values()))
+        parts.append(f"Dense: {accuracy(list(dense.values()))}.")
+    widths = ", ".join(f"{100 * s:g} %: +-{h:.2f}" for s, h in halves.items())
+    parts.append(
+        f"Simultaneous 95 % half-widths of a single difference (variance pooled over the methods): {widths}. The mean "
+        f"difference counts each sparsity once; its {comparisons} intervals hold together with 95 %, if differences of "
+        f"one seed at several sparsities are independent."
+    )
+    parts += [f"Failed: {line['row']} at {line['sparsity']}, seed {line['seed']}: {line['state']}." for line in failed]
+    return parts
+
+
+def accuracy(values: Sequence[float]) -> str:
+    """Mean and standard deviation.
+
+    >>> accuracy([50.0, 52.0])
+    '51.0 +- 1.4'
+    """
+    spread = deviation(values)
+    return f"{mean(values):.1f}" + ("" if spread is None else f" +- {spread:.1f}")
+
+
+def report() -> str:
+    """The whole report, which is also written to report.md."""
+    parts = [
+        "# Methods study: results",
+        "Made from `methods.csv` and `n-of-m.csv` by `python results/methods-study/study.py report`. Test accuracy "
+        "after the last epoch in %, mean and standard deviation over 3 seeds; diff: minus static ERK, paired over "
+        "seeds.",
+        *section("methods.csv", "90, 95 and 98 %"),
+        *section("n-of-m.csv", "N of M weights"),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (HERE / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("data", "report"))
+    parser.add_argument("--source", type=Path, help="CIFAR-10, in any form that s2sam reads")
+    options = parser.parse_args()
+    if options.what == "data":
+        if options.source is None:
+            parser.error("data needs --source")
+        make_data(options.source)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
