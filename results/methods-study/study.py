@@ -12,7 +12,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from s2sam.report.formats import markdown_grid
@@ -20,7 +20,9 @@ from s2sam.report.stats import LEVEL, deviation, mean
 from s2sam.suite.pooled import pooled_difference
 
 HERE = Path(__file__).resolve().parent
-STATIC, DENSE = "Static ERK", "Dense"
+CONTROLS = ("Static ERK", "Static, stem dense")
+#: channel sparsity -> that of the weights, 1 - (1 - channels)^2, under which CHEX stands in the table
+CHANNELS = {0.684: 0.9, 0.776: 0.95, 0.859: 0.98}
 Values = dict[str, dict[float, dict[int, float]]]  #: method -> sparsity -> seed -> accuracy in points
 
 
@@ -44,9 +46,14 @@ def load(name: str) -> tuple[Values, list[dict[str, str]]]:
     return values, [line for line in lines if line["state"] != "finished"]
 
 
+def control(values: Values) -> str:
+    """The row that the others are compared with."""
+    return next(name for name in CONTROLS if name in values)
+
+
 def differences(values: Values, method: str) -> dict[float, list[float]]:
-    """Method minus static ERK, paired over seeds, for each sparsity that both have."""
-    mine, static = values[method], values[STATIC]
+    """Method minus control, paired over seeds, for each sparsity that both have."""
+    mine, static = values[method], values[control(values)]
     return {
         sparsity: [mine[sparsity][seed] - static[sparsity][seed] for seed in sorted(mine[sparsity])]
         for sparsity in sorted(mine)
@@ -62,7 +69,8 @@ def half_width(values: Values, sparsity: float, comparisons: int) -> float:
     """
     from scipy import stats
 
-    found = [d[sparsity] for name in values if name != STATIC and sparsity in (d := differences(values, name))]
+    others = [name for name in values if name != control(values)]
+    found = [d[sparsity] for name in others if sparsity in (d := differences(values, name))]
     freedom = sum(len(d) - 1 for d in found)
     squares = math.fsum((x - mean(d)) ** 2 for d in found for x in d)
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * comparisons), freedom))
@@ -78,14 +86,13 @@ def verdict(low: float, high: float) -> str:
     return "above static" if low > 0 else "below static" if high < 0 else "not told from static"
 
 
-def section(name: str, title: str) -> list[str]:
+def section(title: str, values: Values, failed: list[dict[str, str]]) -> list[str]:
     """One table: a line for each method, best first."""
-    values, failed = load(name)
-    sparsities = sorted({s for cells in values.values() for s in cells if s > 0})
-    others = [m for m in values if m not in (STATIC, DENSE)]
+    static = control(values)
+    sparsities = sorted({s for cells in values.values() for s in cells})
+    others = [method for method in values if method != static]
     comparisons = len(others)
-    compared = {method: values[method] for method in (STATIC, *others)}
-    halves = {s: half_width(compared, s, comparisons * len(sparsities)) for s in sparsities}
+    halves = {s: half_width(values, s, comparisons * len(sparsities)) for s in sparsities}
     rows: list[tuple[float, list[str]]] = []
     for method in others:
         paired = differences(values, method)
@@ -94,50 +101,50 @@ def section(name: str, title: str) -> list[str]:
         assert interval is not None
         texts = [method]
         for s in sparsities:
-            cell = list(values[method].get(s, {}).values())
-            if not cell:
-                texts += ["-", "-"]
-                continue
-            texts += [accuracy(cell), f"{mean(paired[s]):+.1f}"]
+            here = s in paired
+            texts += [accuracy(values[method][s].values()), f"{mean(paired[s]):+.1f}"] if here else ["-", "-"]
         texts.append(f"{pooled.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]")
         texts.append(verdict(interval.low, interval.high))
         rows.append((pooled.mean, texts))
-    static = [STATIC, *(t for s in sparsities for t in (accuracy(list(values[STATIC][s].values())), "")), "", ""]
-    lines = [static, *(texts for _, texts in sorted(rows, key=lambda row: -row[0]))]
-    head = ["method", *(t for s in sparsities for t in (f"{100 * s:g} %", "diff")), "mean difference", "in words"]
-    parts = [f"## {title}", "\n".join(markdown_grid([head, *lines]))]
-    if DENSE in values:
-        dense = next(iter(values[DENSE].values()))
-        parts.append(f"Dense: {accuracy(list(dense.values()))}.")
+    first = [static, *(text for s in sparsities for text in (accuracy(values[static][s].values()), "")), "", ""]
+    head = ["method", *(text for s in sparsities for text in (f"{100 * s:g} %", "diff")), "mean difference", "in words"]
+    grid = [head, first, *(texts for _, texts in sorted(rows, key=lambda row: -row[0]))]
     widths = ", ".join(f"{100 * s:g} %: +-{h:.2f}" for s, h in halves.items())
-    parts.append(
+    return [
+        f"## {title}",
+        "\n".join(markdown_grid(grid)),
         f"Simultaneous 95 % half-widths of a single difference (variance pooled over the methods): {widths}. The mean "
         f"difference counts each sparsity once; its {comparisons} intervals hold together with 95 %, if differences of "
-        f"one seed at several sparsities are independent."
-    )
-    parts += [f"Failed: {line['row']} at {line['sparsity']}, seed {line['seed']}: {line['state']}." for line in failed]
-    return parts
+        f"one seed at several sparsities are independent.",
+        *(f"Failed: {line['row']} at {line['sparsity']}, seed {line['seed']}: {line['state']}." for line in failed),
+    ]
 
 
-def accuracy(values: Sequence[float]) -> str:
+def accuracy(found: Iterable[float]) -> str:
     """Mean and standard deviation.
 
     >>> accuracy([50.0, 52.0])
     '51.0 +- 1.4'
     """
+    values = list(found)
     spread = deviation(values)
     return f"{mean(values):.1f}" + ("" if spread is None else f" +- {spread:.1f}")
 
 
 def report() -> str:
     """The whole report, which is also written to report.md."""
+    main, failed = load("methods.csv")
+    channels, failed_channels = load("channels.csv")
+    main["CHEX (channels)"] = {CHANNELS[s]: cell for s, cell in channels["CHEX"].items()}
+    n_of_m, failed_groups = load("n-of-m.csv")
+    dense, _ = load("dense.csv")
     parts = [
         "# Methods study: results",
-        "Made from `methods.csv` and `n-of-m.csv` by `python results/methods-study/study.py report`. Test accuracy "
-        "after the last epoch in %, mean and standard deviation over 3 seeds; diff: minus static ERK, paired over "
-        "seeds.",
-        *section("methods.csv", "90, 95 and 98 %"),
-        *section("n-of-m.csv", "N of M weights"),
+        "Made by `python results/methods-study/study.py report`. Test accuracy after the last epoch in %, mean and "
+        "standard deviation over the seeds; diff: minus the random mask of the first line, paired over seeds.",
+        f"The dense network: {accuracy(dense['Dense'][0.0].values())}.",
+        *section("90, 95 and 98 %", main, failed + failed_channels),
+        *section("N of 16 weights", n_of_m, failed_groups),
     ]
     text = "\n\n".join(parts) + "\n"
     (HERE / "report.md").write_text(text, encoding="utf-8")

@@ -100,6 +100,7 @@ class StepHooks:
         self.run_closure: Callable[[Closure], Any] | None = (
             None  #: set by the sharpness method: how it calls the closure
         )
+        self.preview = False  #: the gradients at hand are SAM's first, which only say where to displace the weights
         self._phases: list[tuple[Phase, PhaseFunction]] = []
         self._context: StepContext | None = None
         self._torch_handles = (

@@ -10,19 +10,28 @@ METHODS: tuple[MethodInfo, ...] = (
         "s2sam.sparse.methods.static:Static",
         "Mocanu et al. 2016, arXiv:1604.06060; Liu et al. 2022, arXiv:2202.02643",
         "static",
+        {"block": None},
     ),
     MethodInfo(
         "magnitude",
         "s2sam.sparse.methods.magnitude:Magnitude",
         "Han et al. 2015, arXiv:1506.02626",
         "static",
+        {"block": None},
     ),
     MethodInfo(
         "set",
         "s2sam.sparse.methods.set:SET",
         "Mocanu et al. 2018, arXiv:1707.04780",
         "dynamic",
-        {"drop_fraction": 0.3, "delta_t": 100, "t_end": None, "regrow_dropped": False, "sign_split": False},
+        {
+            "block": None,
+            "drop_fraction": 0.3,
+            "delta_t": 100,
+            "t_end": None,
+            "regrow_dropped": False,
+            "sign_split": False,
+        },
     ),
     MethodInfo(
         "rigl",
@@ -111,7 +120,7 @@ METHODS: tuple[MethodInfo, ...] = (
         "s2sam.sparse.methods.gmp:GMP",
         "Zhu and Gupta 2017, arXiv:1710.01878",
         "dynamic",
-        {"initial_sparsity": 0.0, "delta_t": 100, "t_start": 0.2, "t_end": 0.75},
+        {"block": None, "initial_sparsity": 0.0, "delta_t": 100, "t_start": 0.2, "t_end": 0.75},
     ),
     MethodInfo(
         "mest",

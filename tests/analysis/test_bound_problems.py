@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,30 @@ def test_lipschitz_constant_of_mean_estimation_is_reached_on_the_ball():
     far = pulls.norm(dim=1).argmax()
     w = problem.center - 2.0 * pulls[far] / pulls[far].norm()  # on the ball of radius 2, away from that example
     assert float((0.5 * (w - z[far])).norm()) == pytest.approx(problem.lipschitz(radius=2.0))
+
+
+def test_b_is_reached_on_the_ball_and_not_passed(make_generator):
+    """The largest gradient of an example within the radius, by looking at many points, and at the one where it is."""
+    generator = make_generator(4)
+    rows = torch.randn(7, 4, dtype=torch.float64, generator=generator)
+    fit = LeastSquares(rows, torch.randn(7, dtype=torch.float64, generator=generator))
+    best, radius = torch.linalg.pinv(rows) @ fit.targets, 0.7
+    everywhere = best + radius * unit(torch.randn(20_000, 4, dtype=torch.float64, generator=generator))
+    ends = torch.stack([best + sign * radius * unit(rows) for sign in (1, -1)]).flatten(0, 1)
+    largest = [
+        max(float(fit.sample_gradient(w, torch.full((len(w), 1), i)).norm(dim=1).max()) for i in range(7))
+        for w in (everywhere, ends)
+    ]
+    assert 0.8 * fit.lipschitz(radius=radius) < largest[0] <= largest[1]
+    assert largest[1] == pytest.approx(fit.lipschitz(radius=radius), rel=1e-12)
+    sine = SineParabola()
+    for radius in (0.5, 0.96, 1.5, 2.2, 3.3, 4.2, 9.0):
+        w = torch.linspace(-radius, radius, 200_001, dtype=torch.float64)[:, None]
+        assert float(sine.gradient(w).abs().max()) == pytest.approx(sine.lipschitz(radius=radius), rel=1e-8)
+    bowl = Quadratic(torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64))
+    assert bowl.lipschitz(radius=3.0) == float(bowl.gradient(torch.tensor([[0.0, 0.0, 3.0]])).norm()) == 6.0
+    for noisy in (Quadratic(torch.ones(1), sigma=0.1), SineParabola(0.1)):
+        assert noisy.lipschitz(radius=1.0) == math.inf
 
 
 def test_a_least_squares_problem_that_cannot_be_fitted_has_its_residual_as_minimum():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from s2sam.analysis import bound_run
-from s2sam.analysis.bound_probe import Stop
+from s2sam.analysis.bound_probe import Probe, Stop
 from s2sam.analysis.bound_run import (
     ProbeSettings,
     active_weights,
@@ -168,6 +168,24 @@ def test_runs_without_and_with_two_step_displacement(tmp_path):
     assert sam["terms"]["corollary"]["radius"] > 0 and "+-e" in sam["probes"][0]["quotients"]
     assert none["terms"]["theorem 1"]["start"] == pytest.approx(sam["terms"]["theorem 1"]["start"])
     assert none["measured"]["test_loss"] == pytest.approx(read_run(tmp_path / "none").epochs[0]["test_loss"])
+
+
+def test_a_displacement_that_begins_late_counts_as_0_before():
+    """Without step records the radius is that of the probes, and steps without displacement are steps, too."""
+    sam = SamConfig(rho_schedule="late", rho_start=0.5, stats_every=0)
+    state = build(replace(CONFIG, sam=sam))
+    some = {"points": [(1.0, 1.0), (0.5, 1.0)], "losses": [1.0], "gradients": [1.0], "quotients": {"step": [1.0]}}
+    lengths = [0.0, 0.0, 0.0, 0.05, 0.05]  # the first of all: no direction yet
+    probes = [
+        Probe(**some, variances=[0.0], displacements=lengths[:3]),
+        Probe(**some, variances=[0.0], displacements=lengths[3:]),
+    ]
+    found = bound_run.evaluate(state, probes, [], [])
+    assert found["radius_from"] == "probes" and found["squared_radius"] == pytest.approx(2 * 0.0025 / 4)
+    logged = [{"step": 0, "lr": 1.0, "displacement": 9.0}, {"step": 1, "lr": 1.0, "displacement": 0.0},
+              {"step": 2, "lr": 3.0, "displacement": 0.05}]  # fmt: skip
+    found = bound_run.evaluate(state, probes, [], logged)
+    assert found["radius_from"] == "steps" and found["squared_radius"] == pytest.approx(0.75 * 0.0025)
 
 
 def test_bad_inputs(rigl, tmp_path, monkeypatch):

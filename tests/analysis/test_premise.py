@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from s2sam.analysis import premise
+from s2sam.analysis.hessian import ActiveLoss
+from s2sam.analysis.lanczos import extremes
+from s2sam.analysis.opened import choose
 from s2sam.analysis.premise import Look, batch_loss, cosine, mean_and_sd, probe, stream, summary
 from s2sam.analysis.premise_run import PremiseSettings, find_checkpoints, measure_premise
 from s2sam.train import TrainConfig, run
@@ -133,6 +136,15 @@ def test_the_record_of_a_run(trained, make_generator):
     ]  # fmt: skip
 
     assert found["rho"] == 0.1 and found["points"][2]["lr"] < found["points"][0]["lr"]
+    state, _ = begun(trained, 0)  # lambda_max is of the function whose batches are looked at: statistics of the batch
+    x, y = choose(state.data.train_x, state.data.train_y, 40, 0)
+    tops = [
+        extremes(loss.product, loss.size, make_generator(1), max_steps=40, like=loss.weights).top[0].value
+        for bn in ("train", "eval")
+        for loss in [ActiveLoss(state.model, x, y, state.augment, state.sparsifier.masks, bn=bn, batch_size=64)]
+    ]
+    assert found["points"][0]["lambda_max"]["value"] == pytest.approx(tops[0], rel=2e-3)
+    assert abs(tops[1] - tops[0]) > 0.01 * tops[0]
     for p in found["points"]:
         assert p["looks"] == 2 and len(p["each"]) == 2
         assert -1 <= p["cosine"]["mean"] <= 1 and p["lambda_max"]["value"] > 0

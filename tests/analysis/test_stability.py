@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from s2sam.analysis.bound_suite import Boundary, boundary_check, limit_cycles
 from s2sam.analysis.stability import METHODS, Setting, critical_curvature, polynomials, root_radius
-from s2sam.analysis.stability_measured import grows, limit_cycle, measured_critical_curvature
+from s2sam.analysis.stability_measured import (
+    grows,
+    limit_cycle,
+    measured_critical_curvature,
+    real_optimizer,
+    step_at,
+)
 
 BY_NAME = {m.name: m for m in METHODS}
 SGD, NESTEROV, SAM = (BY_NAME[name] for name in ("SGD", "Nesterov", "SAM"))
@@ -101,6 +108,24 @@ def test_the_limit_is_found_without_the_polynomial(method):
     assert measured == pytest.approx(boundary.predicted, rel=3e-3)
     assert boundary_check(boundary).holds
     assert not boundary_check(Boundary("", boundary.predicted, 1.05 * measured)).holds
+
+
+def test_noise_keeps_the_weights_moving_and_leaves_the_limit_where_sgd_has_it():
+    """What must grow is the difference of two runs with the same draws: the noise itself never dies out."""
+    setting, random = Setting(momentum=0.5), BY_NAME["S2-SAM random"]
+    assert critical_curvature(random, setting) == pytest.approx(30.0, rel=1e-4)
+    assert grows(random, np.array([10.0, 29.0, 31.0]), setting, steps=300).tolist() == [False, False, True]
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer, single = real_optimizer(random, w, setting, rho=setting.c / setting.lr, scale="step")
+    seen = []
+
+    def fill():
+        w.grad = 10.0 * w.detach()
+
+    for _ in range(300):
+        step_at(optimizer, single, fill)
+        seen.append(float(w.detach()))
+    assert 0.01 < float(np.std(seen[200:])) < 1.0  # c = 0.05 times a normal number, in every step
 
 
 def test_limit_cycles_scale_with_rho_and_have_their_sizes(make_generator):

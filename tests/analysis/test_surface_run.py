@@ -13,7 +13,7 @@ from torch import nn
 
 from s2sam.analysis.surface import Landscape, SurfaceSettings
 from s2sam.analysis.surface_file import Surface
-from s2sam.analysis.surface_run import choose, measure
+from s2sam.analysis.surface_run import measure
 from s2sam.data.augment import Augment
 
 SETTINGS = SurfaceSettings(points=5, pairs=2, seed=4)
@@ -139,12 +139,3 @@ def test_the_lines_through_the_centre_are_the_profiles(whole):
     assert profiles.shape == (4, 5)
     assert np.array_equal(profiles[0], whole.loss[0, :, 2]) and np.array_equal(profiles[3], whole.loss[1, 2, :])
     assert (profiles[:, 2] == whole.centre[0]).all()
-
-
-def test_images_are_chosen_by_the_seed_alone():
-    x, y = torch.arange(50)[:, None], torch.arange(50)
-    chosen, labels = choose(x, y, 10, 0)
-    assert torch.equal(chosen[:, 0], labels)
-    assert len(labels.unique()) == 10 and torch.equal(labels, labels.sort().values)
-    assert torch.equal(choose(x, y, 10, 0)[1], labels) and not torch.equal(choose(x, y, 10, 1)[1], labels)
-    assert torch.equal(choose(x, y, None, 0)[1], y) and torch.equal(choose(x, y, 99, 0)[1], y)

@@ -51,13 +51,15 @@ def test_table_json_and_plots(suite, tmp_path, capsys, monkeypatch):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_violated_bound_is_exit_code_1(suite, capsys, monkeypatch):
+def test_a_violated_bound_is_exit_code_1(suite, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     worse = dataclasses.replace(suite, checks=[*suite.checks, Check("mean iterate", "made up", 2.0, high=1.0)])
     monkeypatch.setattr(bound_suite, "run_suite", lambda setting, **rest: worse)
     assert main(["bound", "--suite"]) == 1
     out = capsys.readouterr().out
     assert "mean iterate\tmade up\t2\t<= 1\tNO" in out
     assert out.splitlines()[-1] == "5 of 6 checks hold"
+    assert (tmp_path / "runs" / "bound" / "measured.png").is_file()  # plots also where no folder is named
 
 
 def test_wrong_use_ends_in_one_sentence(tmp_path, capsys):
@@ -81,7 +83,7 @@ def test_wrong_use_ends_in_one_sentence(tmp_path, capsys):
         (["--suite", "--lr", "fast"], "invalid float value: 'fast'"),
         (["--suite", "--out", str(tmp_path / "file")], "is or goes through a file"),
         (["--suite", "--out", str(tmp_path / "file" / "x")], "give --out the name of a folder"),
-        (["--suit"], "unrecognized arguments"),
+        (["--suit"], "there is no option --suit; did you mean --suite?"),
     ]
     for argv, sentence in cases:
         assert main(["bound", *argv]) == 2, argv
@@ -118,7 +120,7 @@ def test_every_experiment_is_in_the_suite(monkeypatch):
         "mean_iterate", "tight", "negative_control", "random_iterate", "decay_place", "published"
     ]  # fmt: skip
     assert told[0] == "same as the classes"
-    assert len([t for t in told if t.startswith("stability of")]) == 7  # no direction momentum without momentum
+    assert len([t for t in told if t.startswith("stability of")]) == 8  # no direction momentum without momentum
 
 
 QUICK = ("--images", "128", "--steps", "2", "--examples", "1", "--power", "1", "--device", "cpu")

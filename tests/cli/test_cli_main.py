@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,37 @@ def test_every_verb_has_help(verb, capsys):
         main([verb, "--help"])
     assert end.value.code == 0
     assert f"usage: s2sam {verb}" in capsys.readouterr().out
+
+
+#: an option of each verb, what comes before it, and a slip of the fingers
+TYPOS = {
+    "train": ([], "--epochs", "--epocsh"), "eval": (["run"], "--split", "--splt"), "list": ([], "--help", "--hlep"),
+    "data": (["get", "cifar10"], "--url", "--urll"), "config": (["list"], "--help", "--hepl"),
+    "report": (["run"], "--surfaces", "--surface"), "surface": ([], "--points", "--pionts=5"),
+    "sharpness": (["run"], "--eigenvalues", "--eigenvalue"), "robust": (["run"], "--severities", "--severity"),
+    "bound": (["run"], "--momentum", "--momentun"), "demo": ([], "--epochs", "--epoch"),
+    "table": (["name"], "--budget", "--bugdet"), "doctor": ([], "--help", "--halp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_typo_in_an_option_names_the_nearest(verb, capsys):
+    before, option, typo = TYPOS[verb]
+    assert main([verb, *before, typo, "5"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("s2sam: error: ") and error.count("\n") == 1
+    assert typo.partition("=")[0].lstrip("-") in error
+    assert re.search(rf"did you mean '?(--)?{option.lstrip('-')}\b", error)
+
+
+def test_what_is_no_option_has_no_nearest(capsys):
+    for argv, sentence in (
+        (["report", "run", "--zzzzzz"], "there is no option --zzzzzz (see `s2sam report --help`)"),
+        (["data", "check", "digits", "more"], "unrecognized arguments: more (see `s2sam data check --help`)"),
+        (["eval", "run", "-7"], "there is no option -7 (see `s2sam eval --help`)"),
+    ):
+        assert main(argv) == 2
+        assert capsys.readouterr().err == f"s2sam: error: {sentence}\n"
 
 
 @pytest.mark.parametrize(

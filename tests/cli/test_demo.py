@@ -150,7 +150,7 @@ def test_a_run_that_diverges_is_named(tmp_path, capsys, monkeypatch):
         (["--seeds", "1", "1"], "names a seed twice"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--seeds", "one"], "invalid int value"),
-        (["--epoch", "3"], "unrecognized arguments"),
+        (["--epoch", "3"], "there is no option --epoch; did you mean --epochs?"),
     ],
 )
 def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, sentence):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s2sam.analysis import robustness_run
-from s2sam.analysis.surface_run import load_common
+from s2sam.analysis.opened import load_common
 from s2sam.cli.main import main
 from s2sam.data.corruption_draws import image_generators
 from s2sam.data.corruptions import corrupt

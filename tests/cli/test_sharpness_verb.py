@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -18,21 +18,6 @@ QUICK = (
     "--images", "40", "--steps", "2", "--draws", "2", "--eigenvalues", "1", "--queries", "6", "--probes", "1",
     "--density-steps", "4", "--group", "16", "--device", "cpu",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A dense and a sparse run on the same images, and one on others."""
-    root = tmp_path_factory.mktemp("sharpness")
-    config = TrainConfig(
-        epochs=2, keep_every=1, sparsity=0.9, data_options=DataConfig(train_size=200), model_options={"width": 0.25}
-    )
-    run(dataclasses.replace(config, method="dense", out=str(root / "dense")))
-    run(dataclasses.replace(config, out=str(root / "rigl")))
-    shutil.copytree(root / "dense", root / "other")
-    env = json.loads((root / "other" / "env.json").read_text())
-    (root / "other" / "env.json").write_text(json.dumps({**env, "data_digest": "0" * 64}))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +39,13 @@ def refused(capsys, *argv):
     captured = capsys.readouterr()
     assert captured.err.startswith("s2sam: error: ") and captured.err.count("\n") == 1
     return captured.err
+
+
+def numbers(value, path=""):
+    """All numbers in a record, by where they stand."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = {k: v for key, part in items for k, v in numbers(part, f"{path}.{key}").items()}
+    return found | ({path: value} if isinstance(value, int | float) else {})
 
 
 def test_records_and_figures_are_written(runs, measured):
@@ -83,6 +75,23 @@ def test_the_loss_is_that_of_eval_and_train_loss_is_there_on_any_split(runs, tmp
     assert main(["eval", str(runs / "rigl"), "--json", "--split", "train"]) == 0
     assert row["train_loss"] == pytest.approx(json.loads(capsys.readouterr().out)["loss"], rel=1e-6)
     assert row["density"] is None
+
+
+@pytest.mark.distributed
+def test_two_processes_find_what_one_finds(runs, tmp_path, capsys, undrawn):
+    argv = [str(runs / "rigl"), *QUICK, "--batch", "15", "--split", "test", "--precision", "fp64"]
+    argv += ["--json", "--out", str(tmp_path)]
+    found = []
+    for jobs in ("1", "2"):
+        assert main(["sharpness", *argv, "--jobs", jobs]) == 0
+        captured = capsys.readouterr()
+        assert re.fullmatch(r"rigl: \d+ passes\n.*", captured.err, re.DOTALL)  # what the first rank tells arrives
+        found += json.loads(captured.out)
+    one, two = found
+    assert (one.pop("ranks"), two.pop("ranks")) == (1, 2)
+    assert numbers(two) == pytest.approx(numbers(one), rel=1e-6, abs=1e-9)
+    assert one["lambda_max"]["converged"] and one["trace"]["value"] > 0
+    assert two["passes"] == one["passes"] and two["train_loss"] != two["loss"]
 
 
 def test_runs_are_ranked_in_words_at_matched_train_loss_only(runs, tmp_path, capsys, undrawn):
@@ -132,11 +141,16 @@ def test_ctrl_c_leaves_runs_and_files_whole(runs, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
-    [(["--rho", "0"], "rho must be above 0"), (["--images", "0"], "at least one image"), (["--bn", "evl"], "--bn"),
+    [(["--rho", "0"], "rho must be above 0"), (["--jobs", "0"], "--jobs must be at least 1"),
+     (["--premise", "--jobs", "2"], "leave out --jobs"), (["--images", "0"], "at least one image"),
+     (["--bn", "evl"], "--bn"),
      (["--images", "x"], "invalid images value: 'x'"), (["--tolerance", "2"], "tolerance must be"),
      (["--queries", "2"], "at least 6 products"), (["--weights", "ema"], "kept no average"),
      (["--seed", "-3"], "seed must be"), (["--premise", "--looks", "1"], "looks must be"),
-     (["--premise", "--images", "0"], "images must be")],
+     (["--premise", "--images", "0"], "images must be"),
+     (["--premise", "--steps=3"], "--steps has no effect with --premise; leave it out"),
+     (["--premise", "--split", "train"], "--split has no effect with --premise"),
+     (["--looks", "20"], "--looks has no effect without --premise")],
 )  # fmt: skip
 def test_wrong_use_is_one_sentence(runs, tmp_path, capsys, argv, sentence):
     assert sentence in refused(capsys, runs / "dense", "--out", tmp_path, *argv)

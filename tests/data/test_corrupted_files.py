@@ -54,7 +54,7 @@ def test_rows_and_severities_of_folders(tmp_path, group):
     assert x.shape == (2, 3, 4, 6) and x[:, 0, 0, 0].tolist() == [121, 124]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "zip"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "zip", "zip head"])
 def test_a_damaged_array_is_named(tmp_path, damage):
     folder = arrays(tmp_path / "c")
     path = folder / "snow.npy"
@@ -63,7 +63,9 @@ def test_a_damaged_array_is_named(tmp_path, damage):
         with open(path, "wb") as file:
             np.savez(file, whole=np.zeros(3))
     else:
-        path.write_bytes({"cut": whole[:-100], "empty": b"", "text": b"not an array"}[damage])
+        path.write_bytes(
+            {"cut": whole[:-100], "empty": b"", "text": b"not an array", "zip head": b"PK\x03\x04 and no more"}[damage]
+        )
     source = open_official(folder, LABELS, SHAPE, CLASSES)
     source.check(["fog"], [1])
     with pytest.raises(ValueError, match=r"snow.npy is (damaged, perhaps truncated|no .npy file)") as caught:

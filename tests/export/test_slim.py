@@ -167,6 +167,53 @@ def test_zeros_alone_are_enough():
     assert torch.allclose(evaluate(net, x), evaluate(small.model, x), atol=1e-5)
 
 
+class Gated(nn.Module):
+    """Activations with f(0) = 1/2 and f(0) = 0, before a grouped convolution, a padded one and a linear layer."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.a, self.bn = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.b, self.c = nn.Conv2d(6, 8, 3, padding=1, groups=2), nn.Conv2d(8, 5, 3)
+        self.fc, self.activation = nn.Linear(5 * 4, 3), activation
+
+    def forward(self, x):
+        x = self.activation(self.bn(self.a(x)))
+        x = self.activation(self.c(self.activation(self.b(x))))
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "cut"),
+    [(torch.sigmoid, 0), (F.softplus, 0), (torch.cos, 0), (F.relu, 1), (torch.tanh, 1), (F.silu, 1), (F.hardtanh, 1)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_channel_that_nothing_feeds_stays_where_it_is_a_constant(activation, cut, training):
+    """Behind f(0) != 0 it is a bias of what reads it, at the edges of a padded image another one than inside."""
+    net, x = Gated(activation).train(training), torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for t in (net.a.weight, net.a.bias, net.bn.weight, net.bn.bias):
+            t[[1, 4]] = 0  # channel 1 of both convolution groups of b
+        for t in (net.c.weight, net.c.bias):
+            t[2] = 0
+        net.fc.weight[:, 12:16] = 0  # and nothing reads channel 3 of c, whatever it is
+    small = slim(net, None, x)
+    assert small.removed == {"a": cut, "b": 0, "c": 1 + cut}
+    assert small.model.training == training
+    assert torch.allclose(evaluate(net, x), evaluate(small.model, x), atol=1e-6)
+
+
+def test_each_layer_keeps_its_own_mode():
+    net, x = build("resnet8")
+    net.train()
+    frozen = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)][:2]
+    for m in frozen:
+        m.eval()
+    small = slim(net, None, x).model
+    assert [m.training for m in small.modules()] == [m.training for m in net.modules()]
+    assert sum(not m.training for m in small.modules()) == 2
+
+
 def test_masks_of_weights_are_applied_to_the_copy_alone():
     net, x = build("mixed")
     masks = {k: torch.ones_like(p, dtype=torch.bool) for k, p in net.named_parameters() if p.dim() > 1}

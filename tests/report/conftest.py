@@ -214,7 +214,7 @@ class Browser:
         )
         for fd in (theirs_in, theirs_out, *high):
             os.close(fd)
-        self._buffer, self._count, self.events = b"", 0, []
+        self._buffer, self._count, self.events, self.session = b"", 0, [], ""
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         self._count += 1
@@ -243,7 +243,7 @@ class Browser:
     def open(self, url: str, *, width: int = 1280, dark: bool = False) -> tuple[list[str], list[str], Any]:
         """Load `url`; returns console errors, requested addresses (not its own) and a function that runs JavaScript."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        session = self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Network", "Runtime", "Log", "Page"):
             self.call(f"{domain}.enable", session)
         self.call(
@@ -279,6 +279,10 @@ class Browser:
             elif method == "Network.requestWillBeSent" and params["request"]["url"] != url:
                 requests.append(params["request"]["url"])
         return errors, [r for r in requests if not r.startswith("data:")], evaluate
+
+    def point(self, x: float, y: float) -> None:
+        """Move the pointer there, on the page that was opened last."""
+        self.call("Input.dispatchMouseEvent", self.session, type="mouseMoved", x=x, y=y)
 
     def close(self) -> None:
         os.close(self._out)

@@ -7,10 +7,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from s2sam.analysis.robustness_file import assemble
 from s2sam.cli.main import main
+from s2sam.report import sharpness_density
 from s2sam.report.arm_bars import Dot, arm_bars
 from s2sam.report.bound_section import bound_sections, find_bounds
 from s2sam.report.held import find
@@ -85,7 +87,8 @@ def put_sharpness(runs, loss=None, converged=True, **change):
             "settings": {"bn": "eval", "rho": 0.05}, "split": "train", "images": 100, "data_digest": "d",
             "augmentation": "none", "weights": "final",
         }  # fmt: skip
-        given = {"train_loss": 0.1 if loss is None else loss[kind]}
+        density = {"nodes": [[-size, 0.0, 10 * size], [0.0, size, 5.25]], "weights": [[0.2, 0.7, 0.1], [0.5, 0.3, 0.2]]}
+        given = {"train_loss": 0.1 if loss is None else loss[kind], "density": density}
         put(folder, "sharpness.json", {**shared, **measured, **given, **change})
 
 
@@ -154,8 +157,9 @@ def test_robustness_means_differences_and_words(runs):
     words = [figure.label for figure in (*section.figures, *maps.figures)]
     assert words[0] == "Accuracy on corrupted images: RigL 90 %, SGD 51.00 %, RigL 90 %, S2-SAM 56.10 %"
     assert words[1].endswith("SGD 40.00 points, RigL 90 %, S2-SAM 34.90 points")
-    assert words[2].endswith("SGD 21.00 %, RigL 90 %, S2-SAM 21.00 %")
-    assert words[3:] == [
+    assert words[2] == "Calibration error on clean images: RigL 90 %, SGD 10.00 %, RigL 90 %, S2-SAM 10.00 %"
+    assert words[3].endswith("SGD 21.00 %, RigL 90 %, S2-SAM 21.00 %")
+    assert words[4:] == [
         "Accuracy, RigL 90 %, SGD: mean 51.00 %", "Accuracy, RigL 90 %, S2-SAM: mean 56.10 %",
         "Difference in accuracy, S2-SAM minus SGD, RigL 90 %: mean +5.10 points",
     ]  # fmt: skip
@@ -173,7 +177,7 @@ def test_sharpness_is_compared_at_matched_train_loss_only(runs):
     put_sharpness(runs)
     arms = arms_of(runs)
     with style():
-        (section,) = sharpness_sections(find_sharpness(arms), arms)
+        section, _ = sharpness_sections(find_sharpness(arms), arms)
     assert section.figures[0].label.startswith("Train loss, which must match: RigL 90 %, SGD 0.1, RigL")
     assert section.figures[1].label == "lambda_max ||w||^2: RigL 90 %, SGD 21, RigL 90 %, S2-SAM 11"
     assert "train losses match, as they lie within 0.0 %" in section.says[0]
@@ -181,6 +185,71 @@ def test_sharpness_is_compared_at_matched_train_loss_only(runs):
     put_sharpness(runs, loss={"none": 0.1, "s2sam": 0.2})
     (only,) = sentences(find_sharpness(arms), arms)
     assert "train losses do not match" in only and "no run is called flatter" in only
+
+
+def bells(record, grid, width):
+    """The density of a spectrum, bell by bell."""
+    heights = [0.0] * len(grid)
+    spectrum = record["density"]
+    for nodes, weights in zip(spectrum["nodes"], spectrum["weights"], strict=True):
+        for node, weight in zip(nodes, weights, strict=True):
+            for i, t in enumerate(grid):
+                bell = math.exp(-(((t - node) / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
+                heights[i] += weight * bell / len(spectrum["nodes"])
+    return heights
+
+
+def test_the_spectral_density_is_that_of_the_files_on_one_scale(runs, monkeypatch):
+    put_sharpness(runs)
+    arms, drawn = arms_of(runs), []
+
+    def to_svg(figure, *rest):
+        drawn.append(figure)
+        return original(figure, *rest)
+
+    original = sharpness_density.to_svg
+    monkeypatch.setattr(sharpness_density, "to_svg", to_svg)
+    with style():
+        _, section = sharpness_sections(find_sharpness(arms), arms)
+    (figure,), (axes,) = section.figures, drawn[0].axes
+    assert axes.get_yscale() == "log"
+    files = {key: json.loads((folder / "sharpness.json").read_text()) for key, folder in runs.items()}
+    low, high = -2.2, 22.0  # of all runs: those of seed 2 with SGD
+    width = (high - low) / 100
+    assert f"standard deviation {width:.3g}" in section.caption
+    bottom, top = axes.get_ylim()
+    assert bottom == pytest.approx(1e-8 / width)
+    highest = 0.0
+    for number, kind in enumerate(("none", "s2sam")):
+        line, band = axes.lines[number], axes.collections[number]
+        grid = line.get_xdata()
+        assert grid[0] == pytest.approx(low - 4 * width) and grid[-1] == pytest.approx(high + 4 * width)
+        each = np.array([bells(files[kind, seed], grid, width) for seed in SEEDS])
+        assert each.max() > 0.1
+        highest = max(highest, each.max())
+        assert np.allclose(line.get_ydata(), each.clip(bottom).mean(0), rtol=1e-9)
+        edges = band.get_paths()[0].vertices[:, 1]
+        assert edges.max() == pytest.approx(each.max()) and edges.min() == pytest.approx(bottom)
+    assert top == pytest.approx(3 * highest)
+    assert figure.label == (
+        "Spectral density, RigL 90 %: SGD from -2.2 to 22, mean 1.68; S2-SAM from -1.2 to 12, mean 1.13"
+    )
+    for words in ("100 train images", "2 random starts", "cut off after 3 steps", f"below {bottom:.2g} are not drawn"):
+        assert words in section.caption
+    assert section.says == () and {"SGD", "S2-SAM"} <= set(texts(figure.svg))
+
+
+def test_runs_without_a_density_are_named_and_need_no_panel(runs):
+    put_sharpness(runs)
+    put_sharpness({("s2sam", 1): runs["s2sam", 1]}, density=None)
+    arms = arms_of(runs)
+    with style():
+        _, section = sharpness_sections(find_sharpness(arms), arms)
+    assert section.says == ("No spectral density was measured of every run of RigL 90 %, S2-SAM.",)
+    assert "S2-SAM from -1.2 to 12" in section.figures[0].label
+    put_sharpness(runs, density=None)
+    with style():
+        assert len(sharpness_sections(find_sharpness(arms), arms)) == 1
 
 
 def test_one_seed_is_ranked_by_name_and_several_by_interval(runs):
@@ -202,7 +271,7 @@ def test_values_that_did_not_converge_are_hatched_and_not_compared(runs):
     put_sharpness(runs, converged=False)
     arms = arms_of(runs)
     with style():
-        (section,) = sharpness_sections(find_sharpness(arms), arms)
+        section, _ = sharpness_sections(find_sharpness(arms), arms)
     assert "SGD at least 21" in section.figures[1].label and "pattern" in section.figures[1].svg
     assert "pattern" not in section.figures[2].svg
     assert any("not compared, as there is no reliable value of" in line for line in section.says)

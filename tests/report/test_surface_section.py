@@ -11,8 +11,8 @@ import pytest
 from s2sam.analysis.surface import SurfaceSettings
 from s2sam.analysis.surface_file import Surface, load_surface
 from s2sam.cli.main import main
-from s2sam.report.surface_section import SIDES, find_surfaces, surface_section
-from s2sam.report.write import make_table, write_report
+from s2sam.report.surface_section import find_surfaces, surface_section
+from s2sam.report.write import make_table
 
 
 def bowl(height, pairs=2, points=7):
@@ -75,26 +75,6 @@ def test_surfaces_belong_to_the_arms_whose_weights_they_have(runs, measured):
     assert re.search(r"SGD 1\.\d+ at the end, S2-SAM 0\.\d+ at the end", words[1])
 
 
-def test_the_page_shows_one_side_at_a_time_and_loads_nothing(runs, measured, browser, tmp_path):
-    arms = arms_of(runs)
-    page = tmp_path / "page.html"
-    write_report(make_table(runs), page, sections=[surface_section(find_surfaces(measured, arms), arms)])
-    errors, requests, evaluate = browser.open(page.as_uri(), width=390)
-    assert errors == [] and requests == []
-    shown = "[...document.querySelectorAll('img.view')].map(i => i.clientWidth > 100 && i.naturalWidth > 100)"
-    assert evaluate(shown) == [True] + [False] * (len(SIDES) - 1)
-    evaluate("document.getElementById('surface-view-2').click()")
-    assert evaluate(shown) == [False, False, True, False, False]
-    assert evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_each_side_is_another_picture(runs, measured):
-    arms = arms_of(runs)
-    html = surface_section(find_surfaces(measured, arms), arms).figures[0].svg
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    assert len(set(pictures)) == len(SIDES) and all(len(p) > 5000 for p in pictures)
-
-
 def test_lines_have_no_grids(runs, tmp_path):
     digest = hashlib.sha256((runs[0] / "model.safetensors").read_bytes()).hexdigest()
     surface = Surface.empty("a", SurfaceSettings(points=7, dims=1), {"classes": 10, "weights_sha256": digest})
@@ -114,7 +94,7 @@ def test_what_cannot_stand_together_is_refused(runs, measured, tmp_path, make_ru
     for folder, chosen, sentence in (
         (tmp_path / "empty", runs, "holds no surfaces"),
         (tmp_path / "begun", runs, "is not finished"),
-        (measured, [foreign], "is of these runs"),
+        (measured, [foreign], "was measured at weights that these runs hold now"),
         (measured, runs, "images is 60 in one and 50 in another"),
     ):
         out = tmp_path / "refused.html"
@@ -127,3 +107,18 @@ def test_damaged_surfaces_are_named(runs, measured):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"surface\.npz is damaged or no surface"):
         find_surfaces(measured, arms_of(runs))
+
+
+def test_surfaces_of_averaged_weights_join_too(runs, tmp_path):
+    for folder in runs:
+        (folder / "ema.safetensors").write_bytes(b"average of " + (folder / "model.safetensors").read_bytes())
+    for folder in (runs[0], runs[2]):
+        digest = hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
+        write_surface(tmp_path / "ema", folder, 1.0, weights="ema", weights_sha256=digest)
+    arms = arms_of(runs)
+    found = find_surfaces(tmp_path / "ema", arms)
+    assert [surface.label for surface in found.values()] == [runs[0].name, runs[2].name]
+    assert "around the averaged weights" in surface_section(found, arms).caption
+    write_surface(tmp_path / "ema", runs[0], 1.0, weights="final")  # the same run again, at its final weights
+    with pytest.raises(ValueError, match="weights is 'final' in one and 'ema' in another"):
+        find_surfaces(tmp_path / "ema", arms)

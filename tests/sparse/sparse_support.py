@@ -26,6 +26,14 @@ OPTIMIZERS = {
 }
 
 
+MOVING = ("dynamic", "structured")  #: kinds of methods whose masks move
+
+
+def sgd(net: nn.Module, **kw: Any) -> torch.optim.SGD:
+    """SGD with momentum and weight decay."""
+    return torch.optim.SGD(net.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3} | kw)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -92,7 +100,7 @@ def attach(
         options |= {"threshold": 0.1}
     if "m" in info.defaults:  # every layer of the net divides into pairs
         options |= {"m": 2}
-    if "block" in info.defaults:
+    if info.defaults.get("block"):
         options |= {"block": (1, 2)}
     if info.name == "deepr":
         options |= {"l1": 0.3}

@@ -14,7 +14,7 @@ from s2sam import sparsify
 from s2sam.registry import list_methods
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_support import attach, generator, make_batches, make_net, one_step, usual
+from sparse_support import attach, generator, make_batches, make_net, one_step, usable, usual
 
 NAMES = [row.name for row in list_methods()]
 ROWS = {row.name: row for row in list_methods()}
@@ -169,6 +169,43 @@ def test_a_tied_table_stays_one_tensor():
         assert net.head.weight is net.table.weight
         assert ("table.weight" in sparsifier.masks) == (include is not None)
         assert bool((net.head.weight == 0).any()) == (include is not None)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0]).mean(1)
+
+
+DENSE = {
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 2), nn.ConvTranspose2d(4, 3, 2)), (2, 3, 3), {}),
+    "transposed, included": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 2), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2)),
+        (2, 3, 3),
+        {"include": "ConvTranspose2d"},
+    ),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), (4,), {}),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(2, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 1)), (2, 3, 3), {}),
+    "attention": (Attending, (5, 8), {}),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("name", [row.name for row in ROWS.values() if row.kind == "structured" and usable(row)])
+def test_a_model_whose_layers_all_stay_dense_in_the_channel_graph(name, case):
+    make, shape, options = DENSE[case]
+    net = make()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=r"no (channels to prune|prunable weight) \(.+\)") as caught:
+        sparsify(net, sgd(net), method=name, sparsity=0.5, total_steps=9, batches=[(torch.ones(2, *shape), None)],
+                 **options)  # fmt: skip
+    sentence = str(caught.value)
+    assert "\n" not in sentence and ". " not in sentence and len(sentence) < 400
+    assert re.search("ConvTranspose2d|LayerNorm|GroupNorm|MultiheadAttention", sentence)
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """The battery: what every sparse training method in the registry must pass. A new row needs no new line here."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from s2sam.sparse.reserve import Reserve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparse_support import (
+    MOVING,
     OPTIMIZERS,
     attach,
     copy_masks,
@@ -25,6 +27,7 @@ from sparse_support import (
     make_net,
     one_step,
     rows,
+    sgd,
     shaped_states,
     usable,
     usual,
@@ -34,12 +37,7 @@ METHODS = [info for info in list_methods() if usable(info)]
 BETWEEN_LAYERS = ("dsr", "snfs", "srigl")  #: which move weights from layer to layer
 #: whole neurons with equal inputs, whole blocks, whole channels
 COARSE = {"srigl": 0.015, "block-rigl": 0.005, "chex": 0.3}
-MOVING = ("dynamic", "structured")
 every_method, dynamic = rows(), rows(*MOVING)
-
-
-def sgd(net, **kw):
-    return torch.optim.SGD(net.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3} | kw)
 
 
 # -- counts and zeros, over all optimizers ---------------------------------------------------------------------------
@@ -310,6 +308,32 @@ def test_convolutions_and_other_dtypes(info, dtype):
     sparsifier.verify()
     kept = 1 - sparsifier.target_sparsity(7)
     assert sum(int(m.sum()) for m in sparsifier.masks.values()) == round(kept * (144 + 144 + 48))
+
+
+@every_method
+def test_a_saved_state_is_a_snapshot(info):
+    """Neither the training that goes on nor one that resumes from it changes it."""
+    net = make_net()
+    optimizer = sgd(net)
+    sparsifier = attach(info, net, optimizer)
+    batches = make_batches(8)
+    for batch in batches[:4]:
+        one_step(net, optimizer, batch)
+    saved, weights = sparsifier.state_dict(), copy.deepcopy(net.state_dict())
+    copied = copy.deepcopy(saved)
+    for batch in batches[4:]:
+        one_step(net, optimizer, batch)
+    assert_same(saved, copied)
+    other = make_net()
+    other.load_state_dict(weights)
+    other_optimizer = sgd(other)
+    resumed = attach(info, other, other_optimizer, init=False)
+    resumed.load_state_dict(saved)
+    for batch in batches[4:]:
+        one_step(other, other_optimizer, batch)
+    assert_same(saved, copied)
+    assert saved["steps"] == [4]
+    assert resumed.step == sparsifier.step == 8
 
 
 @every_method

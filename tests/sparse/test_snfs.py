@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2sam import S2SAM, sparsify
+from s2sam import S2SAM, SAM, sparsify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparse_support import generator, golden_pair, loss_fn, make_batches, make_net, step_by, train_scaled
@@ -152,3 +152,30 @@ def test_with_s2sam_nothing_pruned_is_displaced_whatever_the_direction():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         pair(**options)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.05])
+def test_one_look_a_step_with_sam_and_clipping(rho):
+    """Clipping masks in both passes of SAM; the momentum grows by the gradient of the step alone."""
+    found = []
+    for clips in (False, True):
+        net = make_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        snfs = sparsify(net, optimizer, method="snfs", sparsity=0.5, total_steps=10, generator=generator())
+        sam = SAM(optimizer, model=net, rho=rho)
+        x, y = make_batches(1)[0]
+
+        def closure(net=net, x=x, y=y, clips=clips, snfs=snfs):
+            loss = loss_fn(net(x), y)
+            loss.backward()
+            if clips:
+                snfs.mask_gradients()
+            return loss
+
+        optimizer.step(closure)
+        sam.remove()
+        found.append({name: m.clone() for name, m in snfs.momentum.items()})
+    plain, clipped = found
+    assert all(float(m.abs().sum()) > 0 for m in plain.values())
+    for name, m in plain.items():
+        torch.testing.assert_close(clipped[name], m, rtol=0, atol=0)

@@ -98,7 +98,7 @@ def test_the_average_follows_changes_that_are_not_told(tmp_path, monkeypatch):
     monkeypatch.setattr(topology, "RECORDS", 1)
     monkeypatch.setattr(Ema, "mask", lambda self, masks: calls.append(1) or mask(self, masks))
     run(dataclasses.replace(TINY, optim=OptimConfig(ema=0.5), out=str(tmp_path / "run")))
-    assert len(calls) >= 20
+    assert len(calls) >= 19  # every step but the last, which changes nothing
 
 
 def test_dense_runs_have_neither(tmp_path):

@@ -1,10 +1,10 @@
 r"""The convergence theorem of S2-SAM and the corollary that can be proved in two lines, term by term.
 
-**Theorem 1** (Ji et al., NeurIPS 2024). R is a uniformly drawn iterate, F the risk, F_S its mean over n examples,
-\hat F_S = F_S + (lambda/2) ||w||^2 the regularised one:
+**Theorem 1** (Ji et al., NeurIPS 2024). R is a uniformly drawn iterate, F the risk, w_* where it is smallest, F_S the
+mean of the loss over n examples, \hat F_S = F_S + (lambda/2) ||w||^2 the regularised one:
 
 .. math::
-    E[F(w_R)] - E[F_S(w_*)] \le \frac{\hat F_S(w_0)}{\mu\eta T} + \frac{\eta (L + \lambda) \sigma^2}{2\mu}
+    E[F(w_R)] - E[F(w_*)] \le \frac{\hat F_S(w_0)}{\mu\eta T} + \frac{\eta (L + \lambda) \sigma^2}{2\mu}
     + \frac{6B + 1}{n}
 
 **Corollary** (own derivation, `docs/theory.md`). The same first two terms, and what the displacement costs:
@@ -47,7 +47,7 @@ ASSUMPTIONS = (
     Assumption("Lipschitz", "every example's loss is B-Lipschitz; with PL that is possible on a bounded region only, "
                "within B/mu of the minimisers", corollary=False),
     Assumption("lambda = 2L", "weight decay of twice the smoothness constant", corollary=False),
-    Assumption("cancelling", "min F_S + (lambda/2)||.||^2 <= F_S(w_*) + (lambda/2)||w_t||^2 at every iterate; at the "
+    Assumption("cancelling", "min F_S + (lambda/2)||.||^2 <= min F_S + (lambda/2)||w_t||^2 at every iterate; at the "
                "regularised minimum itself this fails unless that also minimises F_S", corollary=False),
 )  # fmt: skip
 
@@ -144,7 +144,7 @@ def theorem_terms(
         smooth: L, of the loss without weight decay.
         pl: mu, of the loss with weight decay.
         variance: sigma^2.
-        lr: eta, at most 1/(3L).
+        lr: eta, at most 1/(3L) = 1/(L + lambda): the slides print no condition, a descent needs this one.
         steps: T.
         lipschitz: B, of every example's loss on the region of the iterates.
         examples: n.

@@ -134,13 +134,14 @@ def random_iterate(generator: torch.Generator, *, replicas: int = 2000, steps: i
 def published(generator: torch.Generator) -> Iterator[Check]:
     r"""Theorem 1 itself: the risk of a uniformly drawn iterate, lambda = 2L, B on the ball that the iterates visit.
 
-    Its premise min \hat F_S <= F_S(w_*) + (lambda/2)||w_t||^2 holds at every point if w_* = 0, and that is the claim
-    checked. If w_* is elsewhere, the premise fails near the regularised minimum, and with enough examples and little
-    noise so does the inequality: the control. It says nothing against the theorem, but where it does not apply.
+    With w_S the minimum of F_S, its premise min \hat F_S <= F_S(w_S) + (lambda/2)||w_t||^2 holds everywhere if w_S = 0,
+    and that is the claim checked. If w_S is elsewhere, the premise fails near the regularised minimum, and with enough
+    examples and little noise so does the inequality: the control. It says nothing against the theorem, but where it
+    does not apply.
     """
     z = torch.randn(2000, 3, dtype=torch.float64, generator=generator)
-    for place, n, batch in (("w* = 0", 50, 1), ("w* = (1, 1, 1)", 2000, 50)):
-        control = place != "w* = 0"
+    for place, n, batch in (("w_S = 0", 50, 1), ("w_S = (1, 1, 1)", 2000, 50)):
+        control = place != "w_S = 0"
         best = torch.full((3,), float(control), dtype=torch.float64)
         problem = MeanEstimation(z[:n] - z[:n].mean(0) + best, torch.linspace(0.5, 1.0, 3).double(), batch=batch)
         truth = best - z[:n].mean(0)  # where the risk is smallest: the examples were drawn around it

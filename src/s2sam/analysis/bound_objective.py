@@ -90,12 +90,12 @@ class Objective:
     def look(self, w: Tensor, active: Tensor) -> Look:
         """F at `w`, flat as :func:`flat` gives it; `active` is True where a weight is."""
         self._move(w)
-        total = torch.zeros_like(w)
+        total, mask = torch.zeros_like(w), active.to(w.dtype)
         squares: list[float] = []
         found: list[Tensor] = []
         for x, y in self.batches:
             losses = self.losses(self.twin(x), y)
-            gradient = self._gradient(losses.mean(), active)
+            gradient = self._gradient(losses.mean(), mask)
             total += gradient
             squares.append(length(gradient) ** 2)
             found.append(losses.detach())
@@ -112,24 +112,24 @@ class Objective:
         Cost: a forward of each batch they are in and a backward for each of them.
         """
         self._move(w)
-        size, largest = losses.shape[1], 0.0
+        size, largest, mask = losses.shape[1], 0.0, active.to(w.dtype)
         worst = losses.flatten().argsort(descending=True, stable=True)[:count].tolist()
         for b in sorted({i // size for i in worst}):
             x, y = self.batches[b]
             here = self.losses(self.twin(x), y)
             for i in (i % size for i in worst if i // size == b):
-                largest = max(largest, length(self._gradient(here[i], active, again=True)))
+                largest = max(largest, length(self._gradient(here[i], mask, again=True)))
         return largest
 
     @torch.no_grad()
     def _move(self, w: Tensor) -> None:
         torch.nn.utils.vector_to_parameters(w, self.parameters)
 
-    def _gradient(self, loss: Tensor, active: Tensor, *, again: bool = False) -> Tensor:
+    def _gradient(self, loss: Tensor, mask: Tensor, *, again: bool = False) -> Tensor:
         found = torch.autograd.grad(
             loss, self.parameters, allow_unused=True, materialize_grads=True, retain_graph=again or None
         )
-        return flat(found) * active
+        return flat(found).mul_(mask)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

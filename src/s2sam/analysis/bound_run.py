@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +16,8 @@ from torch import Tensor
 from s2sam.analysis.bound_network import Constants, Rates, constants, network_terms, plain
 from s2sam.analysis.bound_objective import Objective, cross_entropy, flat
 from s2sam.analysis.bound_probe import Probe, Stop, measure
-from s2sam.analysis.surface_run import load_common
+from s2sam.analysis.bound_threads import enough_threads
+from s2sam.analysis.opened import load_common
 from s2sam.sam.norms import total_norm
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
@@ -101,21 +103,23 @@ def measure_run(
         if state.data.digest != env["data_digest"]:
             raise ValueError(f"the images in {config.data} are not those {folder} was trained on; bring them back")
         losses = cross_entropy(config.data_options.label_smoothing)
-        objective = Objective(state.model, fixed_batches(state, settings), losses)
+        batches = fixed_batches(state, settings)
+        objective = Objective(state.model, batches, losses)
         probes: list[Probe] = []
         where: list[dict[str, Any]] = []
         total, done = (1 + len(saved)) * (settings.steps + 1), itertools.count(1)
-        for name, checkpoint in [("start", None), *saved.items()]:
-            if checkpoint is not None:
-                mine = {**checkpoint, "config": {**checkpoint["config"], "compile": "none"}}
-                state.load_state_dict(mine, f"the checkpoint {folder}/checkpoints/{name}.pt")
-            begun, taken = state.step, list[float]()
-            probe = measure(
-                objective, stops(state, settings.steps, taken), decay=config.optim.weight_decay,
-                examples=settings.examples, power=settings.power, tell=lambda: tell(next(done), total),
-            )  # fmt: skip
-            probes.append(probe)
-            where.append({"at": name, "step": begun, "lr": taken, **asdict(probe)})
+        with enough_threads(objective.twin, batches[0][0]):
+            for name, checkpoint in [("start", None), *saved.items()]:
+                if checkpoint is not None:
+                    mine = {**checkpoint, "config": {**checkpoint["config"], "compile": "none"}}
+                    state.load_state_dict(mine, f"the checkpoint {folder}/checkpoints/{name}.pt")
+                begun, taken = state.step, list[float]()
+                probe = measure(
+                    objective, stops(state, settings.steps, taken), decay=config.optim.weight_decay,
+                    examples=settings.examples, power=settings.power, tell=lambda: tell(next(done), total),
+                )  # fmt: skip
+                probes.append(probe)
+                where.append({"at": name, "step": begun, "lr": taken, **asdict(probe)})
         if next(done) <= total:  # fewer steps were left of the run than asked for
             tell(total, total)
     return {
@@ -239,7 +243,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Constants, terms, and the measured losses that the bounds are about."""
     found, rates = constants(probes), learning_rates(state)
-    seen = [length for probe in probes for length in probe.displacements if length > 0]
+    seen = [length for probe in probes for length in probe.displacements if math.isfinite(length)]
+    if isinstance(state.sharpness, S2SAM):
+        del seen[:1]  # at the start of the run there is no direction yet
     training = state.config.epochs * len(state.batches)
     later = [r for r in steps if r.get("step", 0) % training]  # the first step of a training has no direction yet
     logged = weighted(later, "displacement", 2) if isinstance(state.sharpness, S2SAM) else None
@@ -249,7 +255,7 @@ def evaluate(
     return {
         "rates": asdict(rates),
         "squared_radius": squared,
-        "radius_from": "steps" if logged is not None else "probes" if seen else "none",
+        "radius_from": "steps" if logged is not None else "probes" if squared else "none",
         "constants": asdict(found) | {"gap": found.gap},
         "terms": {name: plain(one) for name, one in terms.items()},
         "step_condition": rates.largest * (found.smooth + decay),

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from s2sam.analysis.hessian_graphs import Gradient, Graphs
+from s2sam.analysis.ranks import Ranks
 from s2sam.hooks import check_number
 from s2sam.sparse.names import unknown
 
@@ -40,11 +44,18 @@ class ActiveLoss:
         dtype: of weights and images: float32, or float64 at about twice the time.
         batch_size: images that pass the network at once; with bn = train the loss depends on it.
         label_smoothing: of the cross entropy.
+        process_group: of torch.distributed, whose ranks all make this object from the same network and images and call
+            the same methods: each takes every so many-th batch, and all get the result. None = this process alone.
+        keep: bytes that graphs may take between one product and the next; None = 1 GiB, on CUDA at least a quarter of
+            the free memory.
+
+    Sums over batches are taken in float64, so that the number of ranks changes their last bits only.
 
     Raises:
         ValueError: no images, no active weights, or a mask that does not fit.
 
-    Cost: a copy of the weights, and one more of them to come back to.
+    Cost: a copy of the weights, and one more of them to come back to; what is kept of graphs. With ranks a sum of n
+    numbers for each gradient, and for each row of a product a broadcast and a sum.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -65,6 +76,8 @@ class ActiveLoss:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 250,
         label_smoothing: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+        keep: int | None = None,
     ) -> None:
         if bn not in BN_MODES:
             raise unknown("BatchNorm mode", bn, BN_MODES)
@@ -86,14 +99,17 @@ class ActiveLoss:
         self.parameters = list(named.values())
         self._weights = [p.detach() for p in self.parameters]
         self._origin = [p.clone() for p in self._weights]
-        self._masks = [masks[name].to(p.device, copy=True) if name in masks else None for name, p in named.items()]
-        self._sizes = [
-            p.numel() if m is None else int(m.sum()) for p, m in zip(self.parameters, self._masks, strict=True)
-        ]
-        self.size = sum(self._sizes)  #: n, the number of active weights
+        self._dense = [p.numel() for p in self.parameters]
+        where = [masks[name].to(p.device) if name in masks else torch.ones_like(p).bool() for name, p in named.items()]
+        active = torch.cat([mask.flatten() for mask in where]) if where else torch.zeros(0, dtype=torch.bool)
+        self._index = None if active.all() else active.nonzero()[:, 0]  # of the active weights among all, if not all
+        self.size = len(active) if self._index is None else len(self._index)  #: n, the number of active weights
         self.passes = {"loss": 0, "gradient": 0, "product": 0}  #: over all images, so far
         if self.size == 0:
             raise ValueError("the network has no active weights to move")
+        self.ranks, self.keep = Ranks(process_group), keep
+        self._moves = [0]  # how often the copy was moved; shared with the parts
+        self._graphs = Graphs(self._origin[0].device, keep)
 
     @property
     def weights(self) -> Tensor:
@@ -102,23 +118,24 @@ class ActiveLoss:
 
     def flat(self, tensors: list[Tensor]) -> Tensor:
         """The active entries of one tensor for each parameter, as one vector (n,)."""
-        return torch.cat([t.flatten() if m is None else t[m] for t, m in zip(tensors, self._masks, strict=True)])
+        whole = torch.cat([t.flatten() for t in tensors])
+        return whole if self._index is None else whole[self._index]
 
     def spread(self, vector: Tensor) -> list[Tensor]:
         """A vector (n,) as one tensor for each parameter, 0 where it is pruned."""
-        found = []
-        for part, p, mask in zip(vector.split(self._sizes), self._weights, self._masks, strict=True):
-            found.append(part.view_as(p) if mask is None else torch.zeros_like(p).masked_scatter_(mask, part))
-        return found
+        if self._index is not None:
+            vector = vector.new_zeros(sum(self._dense)).index_copy_(0, self._index, vector)
+        return [part.view_as(p) for part, p in zip(vector.split(self._dense), self._weights, strict=True)]
 
     def split(self, images: int) -> list[ActiveLoss]:
         """The loss over each `images` images by themselves, on the same copy; what is left over at the end is dropped.
 
-        Fewer images than that are one part.
+        Fewer images than that are one part. A part belongs to this process alone.
         """
         parts = []
         for i in range(max(1, len(self.x) // images)):
             part = copy.copy(self)
+            part.ranks, part._graphs = Ranks(), Graphs(self._graphs.device, self.keep)
             rows = slice(i * images, (i + 1) * images)
             part.x, part.y, part.passes = self.x[rows], self.y[rows], dict.fromkeys(self.passes, 0)
             part.batch_size = min(self.batch_size, images)
@@ -130,55 +147,75 @@ class ActiveLoss:
         """L(w + e), reduced in float64; NaN or infinite where the outputs are."""
         self.passes["loss"] += 1
         with self._at(e):
-            return math.fsum(float(part) for part in self._parts())
+            mine = [self._part(*batch) for batch in self._batches()]
+        return float(self.ranks.total(torch.stack([self._zero(), *mine]).sum()))
 
     @torch.enable_grad()
     def gradient(self, e: Tensor | None = None) -> tuple[float, Tensor]:
         """L(w + e) and its gradient there (n,)."""
         self.passes["gradient"] += 1
-        total, found = [], torch.zeros(self.size, dtype=self.dtype, device=self._weights[0].device)
+        found = self._zero(1 + self.size)
         with self._at(e):
-            for part in self._parts():
-                total.append(float(part.detach()))
-                found += self.flat(list(torch.autograd.grad(part, self.parameters, materialize_grads=True)))
-        return math.fsum(total), found
+            for batch in self._batches():
+                part = self._part(*batch)
+                found[0] += part.detach()
+                found[1:] += self.flat(list(torch.autograd.grad(part, self.parameters, materialize_grads=True)))
+        found = self.ranks.total(found)
+        return float(found[0]), found[1:].to(self.dtype)
 
     @torch.enable_grad()
     def product(self, vectors: Tensor) -> Tensor:
         """H v at w, for each row v of a (k, n) tensor: the :data:`~s2sam.analysis.lanczos.Operator` of this loss.
 
-        Cost: for each batch a forward and a backward, and about two more of these for each row.
+        With ranks, the vectors are those of rank 0.
+
+        Cost: for each batch a forward and a backward, unless the last product has left their graph, and about two more
+        of these for each row; k n numbers in float64.
         """
-        found = torch.zeros_like(vectors)
-        directions = [self.spread(row) for row in vectors.detach()]
+        vectors = self.ranks.lead(vectors.detach())
+        found = self._zero(*vectors.shape)
+        directions = [self.spread(row) for row in vectors]
         self.passes["product"] += len(directions)
-        for part in self._parts():
-            gradients = torch.autograd.grad(part, self.parameters, create_graph=True, materialize_grads=True)
+        self._graphs.begin(self._moves[0])
+        for number, batch in enumerate(self._batches()):
+            gradients, kept = self._graphs.get(number, partial(self._slope, *batch), self._weights)
             reached = [i for i, g in enumerate(gradients) if g.requires_grad]
             for row, direction in enumerate(directions):
                 bent = torch.autograd.grad(
                     [gradients[i] for i in reached], self.parameters, [direction[i] for i in reached],
-                    retain_graph=row + 1 < len(directions), materialize_grads=True,
+                    retain_graph=kept or row + 1 < len(directions), materialize_grads=True,
                 )  # fmt: skip
                 found[row] += self.flat(list(bent))
-        return found
+        return self.ranks.total(found).to(vectors.dtype)
 
     @contextmanager
     def _at(self, e: Tensor | None) -> Iterator[None]:
         """The copy is at w + e within the block and at w, bit for bit, after it."""
         try:
             if e is not None:
+                self._moves[0] += 1
                 torch._foreach_add_(self._weights, self.spread(e))
             yield
         finally:
             if e is not None:
                 torch._foreach_copy_(self._weights, self._origin)
 
-    def _parts(self) -> Iterator[Tensor]:
-        """The share of each batch in the mean loss: they add up to it."""
-        batches = math.ceil(len(self.x) / self.batch_size)
-        for x, y in zip(self.x.tensor_split(batches), self.y.tensor_split(batches), strict=True):
-            logits = self.model(self.prepare(x).to(self.dtype)).double()  # so that small differences of losses are seen
-            target = y.double() if y.is_floating_point() else y
-            mean = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-            yield mean * (len(x) / len(self.x))
+    def _batches(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Those of this rank."""
+        count = math.ceil(len(self.x) / self.batch_size)
+        return self.ranks.share(list(zip(self.x.tensor_split(count), self.y.tensor_split(count), strict=True)))
+
+    def _part(self, x: Tensor, y: Tensor) -> Tensor:
+        """The share of a batch in the mean loss: those of all batches add up to it."""
+        logits = self.model(self.prepare(x).to(self.dtype)).double()  # so that small differences of losses are seen
+        target = y.double() if y.is_floating_point() else y
+        mean = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        return mean * (len(x) / len(self.x))
+
+    def _slope(self, x: Tensor, y: Tensor) -> Gradient:
+        """The gradient of this share, with its graph."""
+        return torch.autograd.grad(self._part(x, y), self.parameters, create_graph=True, materialize_grads=True)
+
+    def _zero(self, *shape: int) -> Tensor:
+        """In float64, on the device."""
+        return torch.zeros(shape, dtype=torch.float64, device=self._weights[0].device)

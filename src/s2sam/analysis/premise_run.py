@@ -12,9 +12,9 @@ import torch
 
 from s2sam.analysis.hessian import BN_MODES, ActiveLoss
 from s2sam.analysis.lanczos import extremes
+from s2sam.analysis.opened import choose
 from s2sam.analysis.premise import probe, summary
 from s2sam.analysis.sharpness import PRECISIONS
-from s2sam.analysis.surface_run import choose
 from s2sam.sparse.names import unknown
 from s2sam.train.checkpoint import load_checkpoint
 from s2sam.train.config import TrainConfig, number, whole
@@ -34,8 +34,8 @@ class PremiseSettings:
         looks: steps that are looked at from each checkpoint.
         rho: length of the displacements; None = the run's own if it trained with sam or s2sam and scale norm, else
             0.05.
-        bn: BatchNorm in the losses of the batches: train = their own statistics, as the training forward has them.
-        images: fixed training images for lambda_max, not augmented, at BatchNorm's running statistics; None = all.
+        bn: BatchNorm in all losses: train = the statistics of each batch, as the training forward has them.
+        images: fixed training images for lambda_max, not augmented, in batches of the run's size; None = all.
         precision: of what is measured, fp32 or fp64; the steps are the run's.
         max_steps: of Lanczos for lambda_max.
         tolerance: of its residual.
@@ -161,11 +161,12 @@ def point(state: TrainState, settings: PremiseSettings, *, on_step: Callable[[in
 
 
 def curvature(state: TrainState, settings: PremiseSettings) -> dict[str, Any]:
-    """lambda_max on fixed training images, not augmented, with the running statistics."""
+    """lambda_max of the loss that is trained on, with its BatchNorm and label smoothing, but on fixed images."""
     x, y = choose(state.data.train_x, state.data.train_y, settings.images, settings.seed)
     loss = ActiveLoss(
         state.model, x, y, state.augment, {} if state.sparsifier is None else state.sparsifier.masks,
-        dtype=PRECISIONS[settings.precision],
+        bn=settings.bn, dtype=PRECISIONS[settings.precision], batch_size=state.config.batch_size,
+        label_smoothing=state.config.data_options.label_smoothing,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(derive(settings.seed, "premise lambda_max"))
     found = extremes(

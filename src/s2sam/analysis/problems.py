@@ -45,13 +45,16 @@ class Problem(Protocol):
     def variance(self, x: Tensor) -> Tensor:
         """E||sample_gradient(x) - gradient(x)||^2, exactly, shape (R,)."""
 
+    def lipschitz(self, *, radius: float) -> float:
+        """B on the ball of that radius around a minimiser: the largest gradient of an example there."""
+
 
 @dataclass(frozen=True)
 class Quadratic:
     r"""F(w) = (1/2) sum_i h_i w_i^2 with normal gradient noise; PL although some h_i may be 0.
 
-    L = max h, mu = the smallest h above 0, F* = 0, sigma^2 = E||xi||^2, spread evenly over the coordinates. On the ball
-    of radius r around 0, F is B-Lipschitz with B = L r.
+    L = max h, mu = the smallest h above 0, F* = 0, sigma^2 = E||xi||^2, spread evenly over the coordinates;
+    without noise B = L r within r of the minimum at 0.
 
     Raises:
         ValueError: a curvature is negative or none is above 0.
@@ -97,6 +100,10 @@ class Quadratic:
         """sigma^2, everywhere."""
         return torch.full((len(x),), self.sigma**2, dtype=x.dtype)
 
+    def lipschitz(self, *, radius: float) -> float:
+        """L r, reached along the steepest weight; inf with noise, which has no largest draw."""
+        return math.inf if self.sigma > 0 else self.smooth * radius
+
 
 @dataclass(frozen=True)
 class SineParabola:
@@ -138,6 +145,14 @@ class SineParabola:
         """sigma^2, everywhere."""
         return torch.full((len(x),), self.sigma**2, dtype=x.dtype)
 
+    def lipschitz(self, *, radius: float) -> float:
+        """max |F'| on [-r, r]: at r or the last place before it where 2 + 6 cos 2w falls through 0; inf with noise."""
+        if self.sigma > 0:
+            return math.inf
+        first = math.acos(-1 / 3) / 2
+        tops = [first + math.pi * math.floor((radius - first) / math.pi)] if radius >= first else []
+        return max(2 * w + 3 * math.sin(2 * w) for w in (radius, *tops))
+
 
 @dataclass(frozen=True)
 class LeastSquares:
@@ -163,10 +178,9 @@ class LeastSquares:
     def __post_init__(self) -> None:
         eigenvalues = torch.linalg.svdvals(self.rows) ** 2 / len(self.rows)
         present = eigenvalues[eigenvalues > 1e-10 * eigenvalues.max()]
-        best = torch.linalg.pinv(self.rows) @ self.targets
         object.__setattr__(self, "smooth", float(present.max()))
         object.__setattr__(self, "pl", float(present.min()))
-        lowest = float(self.loss(best[None]))
+        lowest = float(self.loss(self._best()[None]))
         object.__setattr__(self, "minimum", 0.0 if lowest < 1e-24 else lowest)
 
     def loss(self, w: Tensor) -> Tensor:
@@ -191,6 +205,14 @@ class LeastSquares:
         """(mean_i ||grad f_i(x)||^2 - ||grad F(x)||^2) / b."""
         squares = (self._residuals(x) ** 2 * (self.rows**2).sum(1)).mean(1)
         return (squares - (self.gradient(x) ** 2).sum(1)).clamp(min=0) / self.batch
+
+    def lipschitz(self, *, radius: float) -> float:
+        """max_i ||a_i|| (|a_i w_* - y_i| + ||a_i|| r), w_* the shortest minimiser; reached from it along some a_i."""
+        lengths = torch.linalg.vector_norm(self.rows, dim=1)
+        return float((lengths * (self._residuals(self._best()[None])[0].abs() + lengths * radius)).max())
+
+    def _best(self) -> Tensor:
+        return torch.linalg.pinv(self.rows) @ self.targets
 
     def _residuals(self, w: Tensor) -> Tensor:
         return w @ self.rows.T - self.targets

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2sam.analysis.calibration import BINS
+from s2sam.analysis.plain_json import to_json
 from s2sam.analysis.robustness import ALEXNET, Grid, mce_alexnet, mean_of, relative_mce_alexnet, retained_accuracy
 from s2sam.data.corruptions import SEVERITIES
 from s2sam.train.atomic import write_text
@@ -63,8 +64,8 @@ def grid_of(cells: Mapping[str, Mapping[Any, Any]], name: str, *, flip: bool = F
 
 
 def save(result: Result, path: Path) -> None:
-    """Write the file whole or not at all."""
-    write_text(path, json.dumps(result, indent=1) + "\n")
+    """Write the file whole or not at all; a measure that is not finite (nothing retained of nothing) is null."""
+    write_text(path, to_json(result, indent=1) + "\n")
 
 
 def read(path: Path) -> Result:

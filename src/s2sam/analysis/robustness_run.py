@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2sam.analysis.calibration import Scores
+from s2sam.analysis.opened import Opened, choose, load_common, open_finished
 from s2sam.analysis.robustness_file import Result, assemble, check_distinct, path_of, read
-from s2sam.analysis.surface_run import choose, load_common
-from s2sam.data.augment import Augment
 from s2sam.data.corrupted_files import Source, open_official
 from s2sam.data.corruptions import CORRUPTIONS, SEVERITIES, Generated, check_corruptions, check_severities
 from s2sam.data.images import ImageData
 from s2sam.train.config import TrainConfig
-from s2sam.train.finished import load_model, read_folder, weights_digest
-from s2sam.train.state import choose_device
+from s2sam.train.finished import read_folder, weights_digest
 
 #: settings in which the seeds of one arm may differ
 BOOKKEEPING = ("seed", "out", "device", "checkpoint_every", "keep_every", "evaluate_every")
@@ -80,15 +78,6 @@ class RobustSettings:
         return open_official(self.official, data.test_y, data.image_shape, data.classes)
 
 
-@dataclass(frozen=True)
-class Network:
-    """A trained network, what it takes, and what identifies it."""
-
-    model: nn.Module
-    prepare: Augment
-    facts: dict[str, Any]
-
-
 def measure(
     folders: Sequence[Path],
     labels: Sequence[str],
@@ -111,27 +100,27 @@ def measure(
     Cost: one forward pass an image, cell and run; the corrupted images are made once for all runs.
     """
     data = load_common(folders)
-    device = choose_device(settings.device)
-    networks = [open_network(folder, data, settings.weights, device) for folder in folders]
-    check_distinct([{"run": label, **network.facts} for label, network in zip(labels, networks, strict=True)])
+    networks = [open_finished(folder, data, weights=settings.weights, device=settings.device) for folder in folders]
+    own = [facts_of(network) for network in networks]
+    check_distinct([{"run": label, **facts} for label, facts in zip(labels, own, strict=True)])
     rows, y = choose(torch.arange(len(data.test_y)), data.test_y, settings.images, settings.seed)
     source = settings.source(data)
     source.check(settings.corruptions, settings.severities)
-    clean = _scores(networks, labels, data.test_x[rows].split(settings.batch_size), y, device)
+    clean = _scores(networks, labels, data.test_x[rows].split(settings.batch_size), y)
     cells: list[dict[str, dict[int, Any]]] = [{name: {} for name in settings.corruptions} for _ in networks]
     sha, done = hashlib.sha256(), 0
     for corruption in settings.corruptions:
         for severity in settings.severities:
             batches = source.batches(corruption, severity, rows, settings.batch_size)
-            found = _scores(networks, labels, _digested(batches, sha.update), y, device)
+            found = _scores(networks, labels, _digested(batches, sha.update), y)
             for row, score in zip(cells, found, strict=True):
                 row[corruption][severity] = score
             done += 1
             on_cell(done)
     shared = shared_facts(settings, data, source) | {"corrupted_digest": sha.hexdigest()}
     return [
-        assemble({"run": label, **shared, **network.facts}, plain, row)
-        for label, network, plain, row in zip(labels, networks, clean, cells, strict=True)
+        assemble({"run": label, **shared, **facts}, plain, row)
+        for label, facts, plain, row in zip(labels, own, clean, cells, strict=True)
     ]
 
 
@@ -145,16 +134,9 @@ def shared_facts(settings: RobustSettings, data: ImageData, source: Source) -> d
     }  # fmt: skip
 
 
-def open_network(folder: Path, data: ImageData, weights: str, device: torch.device) -> Network:
-    """The network of a finished run in eval mode; ValueError as `s2sam.train.finished.load_model`."""
-    config, env = read_folder(folder)
-    model = load_model(folder, config, env, data, weights).to(device).eval()
-    mean, std = (torch.tensor(env[name]).to(device) for name in ("mean", "std"))
-    facts = {
-        "weights": weights, "weights_sha256": weights_digest(folder, weights), "arm": arm_of(config),
-        "run_seed": config.seed,
-    }  # fmt: skip
-    return Network(model, Augment(mean, std, "none"), facts)
+def facts_of(network: Opened) -> dict[str, Any]:
+    """What identifies a network, and which arm and seed it is."""
+    return {**network.facts, "arm": arm_of(network.config), "run_seed": network.config.seed}
 
 
 def arm_of(config: TrainConfig) -> str:
@@ -193,10 +175,10 @@ def stored(folder: Path, settings: RobustSettings) -> Result | None:
 
 @torch.no_grad()
 def _scores(
-    networks: Sequence[Network], labels: Sequence[str], batches: Sequence[Tensor] | Iterator[Tensor], y: Tensor,
-    device: torch.device,
-) -> list[dict[str, float]]:  # fmt: skip
+    networks: Sequence[Opened], labels: Sequence[str], batches: Sequence[Tensor] | Iterator[Tensor], y: Tensor
+) -> list[dict[str, float]]:
     """The scores of every network on these batches, whose labels are `y`, in order."""
+    device = networks[0].device
     scores, used = [Scores(device) for _ in networks], 0
     for batch in batches:
         x, labels_of = batch.to(device), y[used : used + len(batch)].to(device)

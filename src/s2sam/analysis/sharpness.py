@@ -198,7 +198,7 @@ def measure(
     """All measures of one network, as plain values for JSON; what is not finite is None.
 
     Args:
-        loss: on the images to measure on.
+        loss: on the images to measure on; with a process group all ranks measure together, and all get the result.
         settings: which measures.
         on_pass: called now and then with how many of `settings.passes` are done.
 
@@ -238,7 +238,8 @@ def measure(
         rises = average(loss, base, radius, settings.draws, draws(name), scale=scale)
         found[name] = {"radius": radius, **_spread(rises)}
         tell()
-    rises, norms = m_sharpness(loss.split(settings.group), settings.rho)
+    own = m_sharpness(loss.ranks.share(loss.split(settings.group)), settings.rho)
+    rises, norms = map(loss.ranks.gather, own)
     loss.passes["gradient"] += 1
     loss.passes["loss"] += 1
     found["m_sharpness"] = {"radius": settings.rho, "images": min(settings.group, len(loss.x)), **_spread(rises)}

@@ -17,13 +17,13 @@ direction gradient  z                          z - s c h                    s = 
 direction ema       z - beta                   z - beta - s c h (1 - beta)
 direction momentum  z (1 - s c/eta) + s c/eta  z                            s = +1: c h = 1 - mu
                                                                             or (eta - 2 s c) h = 2 (1 + mu)
+direction random    1                          1                            as SGD: noise feeds back nothing
 ==================  =========================  ===========================  =================================
 
 A method is stable if all roots lie inside the unit circle. Nesterov is direction momentum with s = -1 and c = eta mu.
-A random direction of fixed length feeds back nothing: its limit is SGD's. For direction gradient with s = +1 and
-mu > 0 a complex pair leaves the circle first, far below the limit of SAM; for mu = 0 the method is stable where
-c h < 1 and eta h < 2 + 2 c h. c is per unit of d: momentum is longer than the gradient, up to 1/(1 - mu) times, so at
-equal rho its c is smaller by as much.
+For direction gradient with s = +1 and mu > 0 a complex pair leaves the circle first, far below the limit of SAM; for
+mu = 0 the method is stable where c h < 1 and eta h < 2 + 2 c h. c is per unit of d: momentum is longer than the
+gradient, up to 1/(1 - mu) times, so at equal rho its c is smaller by as much.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ METHODS = (
     Method("S2-SAM -momentum", "s2sam", "momentum", -1),
     Method("S2-SAM +ema", "s2sam", "ema"),
     Method("S2-SAM -ema", "s2sam", "ema", -1),
+    Method("S2-SAM random", "s2sam", "random"),  # noise has no sign
 )
 
 
@@ -94,7 +95,7 @@ def polynomials(method: Method, curvatures: Array, setting: Setting) -> Array:
     """
     h, one = np.asarray(curvatures, dtype=np.float64), np.ones(len(curvatures))
     s, c, b = method.sign, setting.c, setting.beta
-    if method.kind == "sgd":
+    if method.kind == "sgd" or method.direction == "random":
         p, q = (one, 0 * h), (one, 0 * h)  # both times z
     elif method.kind == "sam":
         p, q = (1 + c * h, 0 * h), (one, 0 * h)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from s2sam.analysis.stability import Array, Method, Setting, first_unstable
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 
-FAR = 1e6  #: a weight that began at 1 and comes this far has diverged
+FAR = 1e6  #: a deviation that began at 1 and comes this far has diverged
+ROUNDING = 1e-9  #: one that is smaller than that has died out
 
 
 def measured_critical_curvature(method: Method, setting: Setting, *, steps: int = 900, points: int = 129) -> float:
@@ -39,36 +41,39 @@ def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 9
 
     All start at 1. A weight grows if it comes to 1e6, where it is stopped by setting its h to 0, or if its largest
     size in the last third of the steps is above that in the second third. c is held fixed: S2SAM has scale "step",
-    e = c d, and SAM's rho is set to c ||g|| in every step.
+    e = c d, and SAM's rho is set to c ||g|| in every step. A random direction never lets the weights rest; so there are
+    two runs with the same draws, from 1 and from 2, and what grows is their difference.
 
     Example:
         >>> grows(Method("SGD", "sgd"), np.array([37.0, 39.0]), Setting()).tolist()
         [False, True]
     """
     h = torch.tensor(curvatures, dtype=torch.float64)
-    w = torch.nn.Parameter(torch.ones_like(h))
-    optimizer, single = real_optimizer(method, w, setting, rho=setting.c / setting.lr, scale="step")
+    starts = (1.0, 2.0) if method.direction == "random" else (1.0,)
+    runs = [torch.nn.Parameter(torch.full_like(h, start)) for start in starts]
+    movers = [real_optimizer(method, w, setting, rho=setting.c / setting.lr, scale="step") for w in runs]
     sizes, diverged = torch.zeros(3, len(h), dtype=torch.float64), torch.zeros(len(h), dtype=torch.bool)
 
-    def fill() -> None:
+    def fill(w: torch.nn.Parameter, optimizer: torch.optim.SGD) -> None:
         w.grad = torch.where(diverged, 0.0, h) * w.detach()
         if method.kind == "sam":
             optimizer.param_groups[0]["rho"] = setting.c * float(w.grad.norm())
 
     for t in range(steps):
-        step_at(optimizer, single, fill)
-        size = w.detach().abs()
+        for w, (optimizer, single) in zip(runs, movers, strict=True):
+            step_at(optimizer, single, partial(fill, w, optimizer))
+        size = (runs[-1].detach() - runs[0].detach() if len(runs) > 1 else runs[0].detach()).abs()
         diverged |= size > FAR
         third = 3 * t // steps
         sizes[third] = torch.maximum(sizes[third], size)
-    found: NDArray[np.bool_] = (diverged | (sizes[2] > sizes[1])).numpy()
+    found: NDArray[np.bool_] = (diverged | (sizes[2] > sizes[1].clamp(min=ROUNDING))).numpy()
     return found
 
 
 def real_optimizer(
     method: Method, w: torch.nn.Parameter, setting: Setting, *, rho: float, scale: str = "norm", decay: float = 0.0
 ) -> tuple[torch.optim.SGD, S2SAM | None]:
-    """torch's SGD with the method attached; the S2SAM if it is one. `scale` is S2SAM's alone."""
+    """torch's SGD with the method attached; the S2SAM if it is one, whose `scale` it is. Draws are always the same."""
     nesterov = method.kind == "nesterov" and setting.momentum > 0
     optimizer = torch.optim.SGD([w], setting.lr, setting.momentum, weight_decay=decay, nesterov=nesterov)
     if method.kind == "sam":
@@ -82,6 +87,7 @@ def real_optimizer(
         sign=method.sign,
         scale=scale,
         ema_beta=setting.beta,
+        generator=torch.Generator().manual_seed(0) if method.direction == "random" else None,
     )
 
 

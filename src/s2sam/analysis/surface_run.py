@@ -13,35 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2sam.analysis.opened import Opened, choose, open_finished
 from s2sam.analysis.surface import Landscape, Point, SurfaceSettings
 from s2sam.analysis.surface_file import Surface
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
-from s2sam.train.config import TrainConfig
-from s2sam.train.finished import load_images, load_model, read_folder, weights_digest
 from s2sam.train.processes import in_processes
 from s2sam.train.seeding import derive
-from s2sam.train.state import choose_device
 
 Measured = tuple[Point, float, float]  #: where, loss, top-1
 SAVE_EVERY = 5.0  #: seconds
 CALIBRATION = 10_000  #: images at most that re-estimate the statistics of BatchNorm
-
-
-def load_common(folders: Sequence[Path]) -> ImageData:
-    """The images that all these runs were trained on.
-
-    Raises:
-        ValueError: one is no finished run or named twice, they were trained on different images, or those have changed.
-    """
-    digests: dict[Path, str] = {}
-    for folder in folders:
-        if folder in digests:
-            raise ValueError(f"{folder} is named twice; name every run once")
-        digests[folder] = read_folder(folder)[1]["data_digest"]
-        if digests[folder] != digests[folders[0]]:
-            raise ValueError(f"{folders[0]} and {folder} were trained on different images; compare runs on the same")
-    return load_images(*read_folder(folders[0]), None)
 
 
 def open_run(
@@ -59,7 +41,7 @@ def open_run(
 
     Args:
         folder: of the run.
-        data: the images it was trained on, of :func:`load_common`.
+        data: the images it was trained on, of :func:`~s2sam.analysis.opened.load_common`.
         settings: the grid.
         label: what to call the run.
         split: "train", "val" or "test".
@@ -71,61 +53,26 @@ def open_run(
     Raises:
         ValueError: no finished run, no images in this split, masks that are torn, or as :class:`Landscape`.
     """
-    if images is not None and images < 1:
-        raise ValueError(f"a surface needs at least one image, got {images}; 1000 for instance, or all")
-    config, env = read_folder(folder)
-    there = choose_device(device)
-    model = load_model(folder, config, env, data, weights).to(there)
-    masks = load_masks(folder)
-    x, y = choose(*data.split(split), images, settings.seed)
-    if len(x) == 0:
-        raise ValueError(f"{folder} was trained without {split} images; choose another --split")
-    mean, std = (torch.tensor(env[name]) for name in ("mean", "std"))
-    calibration = None
+    opened = open_finished(folder, data, weights=weights, device=device)
+    x, y = opened.images(split, images, settings.seed)
+    masks, calibration = opened.masks, None
     if settings.bn == "recalibrated":
-        calibration = calibration_images(config, data.train_x, data.train_y, (mean, std), settings.seed, len(x))
-        calibration = calibration.to(there)
-    landscape = Landscape(
-        model, x.to(there), y.to(there), Augment(mean.to(there), std.to(there), "none"), settings, masks, calibration
-    )
-    facts = {
-        "split": split, "images": len(x), "all_images": len(data.split(split)[1]), "data_digest": data.digest,
-        "weights": weights, "weights_sha256": weights_digest(folder, weights),
+        calibration = calibration_images(opened, settings.seed, len(x))
+    landscape = Landscape(opened.model, x, y, opened.prepare, settings, masks, calibration)
+    facts = opened.facts_of(split, len(x)) | {
         "masked_weights": sum(int((~mask).sum()) for mask in masks.values()),
-        "classes": len(env["classes"]), "calibration_images": 0 if calibration is None else len(calibration),
+        "classes": len(opened.env["classes"]), "calibration_images": 0 if calibration is None else len(calibration),
     }  # fmt: skip
     return landscape, Surface.empty(label, settings, facts)
 
 
-def load_masks(folder: Path) -> dict[str, Tensor]:
-    """The masks of a run, {} if it is dense; ValueError if the file is torn."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "masks.safetensors"
-    try:
-        return load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is torn; train the run again") from error
-
-
-def choose(x: Tensor, y: Tensor, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """`images` of them at random, in their order; all if there are not more."""
-    if images is None or images >= len(x):
-        return x, y
-    generator = torch.Generator().manual_seed(derive(seed, "surface images"))
-    rows = torch.randperm(len(x), generator=generator)[:images].sort().values
-    return x[rows], y[rows]
-
-
-def calibration_images(
-    config: TrainConfig, x: Tensor, y: Tensor, moments: tuple[Tensor, Tensor], seed: int, count: int
-) -> Tensor:
+def calibration_images(opened: Opened, seed: int, count: int) -> Tensor:
     """Training images as the network saw them, augmentation included, drawn once: the same at every point."""
-    options = config.data_options
-    augment = Augment(*moments, options.augment, cutout=options.cutout)
+    options, data = opened.config.data_options, opened.data
+    augment = Augment(opened.prepare.mean.cpu(), opened.prepare.std.cpu(), options.augment, cutout=options.cutout)
     generator = torch.Generator().manual_seed(derive(seed, "surface calibration"))
-    return augment(choose(x, y, min(count, CALIBRATION), seed)[0], generator)
+    x, _ = choose(data.train_x, data.train_y, min(count, CALIBRATION), seed)
+    return augment(x, generator).to(opened.device)
 
 
 def measure(

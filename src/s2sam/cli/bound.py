@@ -59,7 +59,7 @@ def _parser() -> Parser:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder that `s2sam train` has finished")
     parser.add_argument("--suite", action="store_true", help="run all verification experiments (under a minute)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"of JSON and plots (default: none with --suite, {OUT} for runs)"
+        "--out", type=Path, default=Path(OUT), metavar="FOLDER", help="of JSON and plots (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
     group = parser.add_argument_group("for runs")
@@ -97,8 +97,7 @@ def _runs(args: argparse.Namespace, command: str) -> int:
     folders = [Path(name) for name in args.runs]
     names = labels(folders)
     check_common(folders)
-    out = Path(OUT) if args.out is None else args.out
-    make_folder(out)
+    make_folder(args.out)
     console = Console(highlight=False, stderr=args.json)
     results: list[dict[str, Any]] = []
     paths: list[Path] = []
@@ -119,9 +118,9 @@ def _runs(args: argparse.Namespace, command: str) -> int:
             paths.append(folder / "bound.json")
             write_text(paths[-1], _text(result))
             results.append(result)
-    paths.append(out / "bounds.json")
+    paths.append(args.out / "bounds.json")
     write_text(paths[-1], _text([{k: v for k, v in r.items() if k != "probes"} for r in results]))
-    paths += draw_bars(results, out / "bounds")
+    paths += draw_bars(results, args.out / "bounds")
     if args.json:
         print(_text(results), end="")
     else:
@@ -162,12 +161,13 @@ def _suite(args: argparse.Namespace, command: str) -> int:
     from s2sam.analysis.bound import ASSUMPTIONS
     from s2sam.analysis.bound_suite import run_suite
     from s2sam.analysis.stability import Setting
+    from s2sam.analysis.stability_measured import check_measurable
     from s2sam.cli.list import show
     from s2sam.report.bound_plots import make_folder, write_suite
 
     setting = Setting(lr=args.lr, momentum=args.momentum, c=args.c)
-    if args.out is not None:
-        make_folder(args.out)
+    check_measurable(setting)
+    make_folder(args.out)
     suite = run_suite(setting, seed=args.seed, tell=_progress if sys.stderr.isatty() else lambda name: None)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -185,9 +185,8 @@ def _suite(args: argparse.Namespace, command: str) -> int:
     used = [(a.name, *("yes" if x else "-" for x in (a.theorem, a.corollary)), a.says) for a in ASSUMPTIONS]
     show("assumptions", ("assumption", "theorem 1", "corollary", "says"), used)
     print(CLOSING)
-    if args.out is not None:
-        for path in write_suite(suite, args.out, command=command):
-            print(path)
+    for path in write_suite(suite, args.out, command=command):
+        print(path)
     failed = [c for c in suite.checks if not c.holds]
     print(f"{len(rows) - len(failed)} of {len(rows)} checks hold")
     return 1 if failed else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
 
 HELP = "accuracy and calibration of finished runs on corrupted images"
 COLUMNS = (  # title, measure, factor, digits
-    ("clean error", "clean_error", 100.0, 2), ("mean error", "mean_corruption_error", 100.0, 2),
+    ("clean error", "clean_error", 100.0, 2), ("clean ECE", "clean.ece", 100.0, 2),
+    ("mean error", "mean_corruption_error", 100.0, 2),
     ("relative", "relative_mean_corruption_error", 100.0, 2), ("retained", "retained_accuracy", 100.0, 1),
     ("mCE", "mce_alexnet", 100.0, 2), ("relative mCE", "relative_mce_alexnet", 100.0, 2),
     ("ECE", "mean_corruption_ece", 100.0, 2), ("NLL", "mean_corruption_nll", 1.0, 3),
@@ -37,6 +37,7 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from s2sam.analysis.plain_json import to_json
     from s2sam.analysis.robustness_file import path_of, read, save
     from s2sam.analysis.robustness_run import RobustSettings, measure
     from s2sam.data.corruptions import CORRUPTIONS
@@ -63,13 +64,13 @@ def run(argv: list[str]) -> int:
             cells = len(settings.corruptions) * len(settings.severities)
             found = measure(folders, names, settings, on_cell=show(text, cells))
     arms = group(found)
-    write_text(out / "robustness.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "robustness.json", to_json(found, indent=1) + "\n")
     if not args.read_only:
         for path, result in zip(paths, found, strict=True):
             save(result, path)
     written = [*paths, out / "robustness.json", *write_figures(found, out)]
     if args.json:
-        print(json.dumps(found))
+        print(to_json(found))
     else:
         table(arms, console)
         for line in [*(sentence(each) for each in compare(arms)), *notes(found)]:
@@ -161,7 +162,8 @@ def notes(found: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         f"images: {row['images']:,} of {row['all_images']:,} test images (digest {row['data_digest'][:12]}); {where} "
         f"(digest of the corrupted pixels {row['corrupted_digest'][:12]}); {row['weights']} weights",
-        f"mean error: the mean over {len(row['corruptions'])} corruptions x {len(row['severities'])} severities, not "
+        "clean ECE: on the clean images; mean error: the mean over "
+        f"{len(row['corruptions'])} corruptions x {len(row['severities'])} severities, not "
         "normalised; relative: that minus the clean error; retained: corrupted accuracy in % of the clean one; ECE ("
         f"{row['ece_bins']} equal bins) and NLL: means over the same cells; all but NLL in %",
     ]

@@ -31,18 +31,32 @@ PREMISE = {
     "batch_sharpness": "batch sharpness", "lambda_max": "lambda_max", "rho_over_w": "rho / ||w||",
     "c_lambda_max": "c lambda_max",
 }  # fmt: skip
+#: options of one of the two uses
+ONLY_PLAIN = (
+    "--split", "--weights", "--adaptive-rho", "--steps", "--sigma", "--draws", "--group", "--eigenvalues", "--queries",
+    "--probes", "--density-steps", "--batch", "--tolerance",
+)  # fmt: skip
+ONLY_PREMISE = ("--looks",)
 
 
 def run(argv: list[str]) -> int:
     """Measure the runs, write JSON and figures, print a table and what it supports in words.
 
     Raises:
-        ValueError: runs that are not finished or were trained on different images, or an impossible setting.
+        ValueError: runs that are not finished or were trained on different images, an impossible setting, or an option
+            without effect.
         RuntimeError: a loss or a curvature that is not finite.
     """
-    args = parser().parse_args(argv)
+    made = parser()
+    args = made.parse_args(argv)
+    useless, when = (ONLY_PLAIN, "with --premise") if args.premise else (ONLY_PREMISE, "without --premise")
+    made.refuse(argv, useless, when)
     from rich.console import Console
 
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    if args.premise and args.jobs > 1:
+        raise ValueError("--premise takes the steps of a run one after another in one process; leave out --jobs")
     folders = [Path(name) for name in args.runs]
     console = Console(highlight=False, stderr=args.json)
     records, paths = (premise if args.premise else sharpness)(args, folders, console)
@@ -53,7 +67,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options; what is None has a default that depends on --premise."""
     found = Parser(prog="s2sam sharpness", description=HELP, allow_abbrev=False)
     found.add_argument("runs", nargs="+", metavar="RUN", help="a folder that `s2sam train` has finished")
@@ -85,6 +99,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--looks", type=int, default=20, help="steps of a probe of --premise (default: %(default)s)")
     found.add_argument("--seed", type=int, default=0, help="of vectors and images (default: %(default)s)")
+    found.add_argument(
+        "--jobs", type=int, default=1, help="processes that share the batches of images (default: %(default)s)"
+    )
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     found.add_argument("--out", default="runs/sharpness", metavar="FOLDER", help="default: %(default)s")
     found.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
@@ -95,12 +112,13 @@ def sharpness(
     args: argparse.Namespace, folders: Sequence[Path], console: Console
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """The verb without --premise: (records, files written)."""
+    from s2sam.analysis.opened import load_common
     from s2sam.analysis.sharpness import SharpnessSettings
     from s2sam.analysis.sharpness_compare import words
     from s2sam.analysis.sharpness_run import FILE, measure_run, save_record
-    from s2sam.analysis.surface_run import load_common
     from s2sam.report.sharpness_plots import draw_bars, draw_densities
     from s2sam.train.config import number
+    from s2sam.train.processes import terminable
 
     number("tolerance", args.tolerance, 0.0, 1.0)
     settings = SharpnessSettings(
@@ -110,12 +128,12 @@ def sharpness(
         precision=args.precision, batch_size=args.batch, seed=args.seed,
     )  # fmt: skip
     data, records, out = load_common(folders), [], Path(args.out)
-    with progress(console, "passes") as show:
+    with terminable(), progress(console, "passes") as show:
         for folder, label in zip(folders, labels(folders), strict=True):
             records.append(
                 measure_run(
                     folder, data, settings, label=label, split=args.split, images=args.images, weights=args.weights,
-                    device=args.device, on_pass=show(label, settings.passes),
+                    device=args.device, jobs=args.jobs, on_pass=show(label, settings.passes),
                 )
             )  # fmt: skip
             save_record(folder / FILE, records[-1])
@@ -133,9 +151,9 @@ def premise(
     args: argparse.Namespace, folders: Sequence[Path], console: Console
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """The verb with --premise: (records, files written)."""
+    from s2sam.analysis.opened import load_common
     from s2sam.analysis.premise_run import FILE, PremiseSettings, find_checkpoints, measure_premise
     from s2sam.analysis.sharpness_run import save_record
-    from s2sam.analysis.surface_run import load_common
     from s2sam.report.sharpness_plots import draw_premise
 
     settings = PremiseSettings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +49,10 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from s2sam.analysis.opened import load_common
+    from s2sam.analysis.plain_json import to_json
     from s2sam.analysis.surface import SurfaceSettings
-    from s2sam.analysis.surface_run import load_common, measure, open_run
+    from s2sam.analysis.surface_run import measure, open_run
     from s2sam.report.surface_plots import cut_points, draw_profiles, draw_surfaces
     from s2sam.train.atomic import write_text
     from s2sam.train.processes import terminable
@@ -72,12 +73,12 @@ def run(argv: list[str]) -> int:
             path = out / label / "surface.npz"
             surfaces.append(measure(landscape, surface, path, jobs=args.jobs, on_point=show(label, surface.loss.size)))
     found = [surface.summary() for surface in surfaces]
-    write_text(out / "surfaces.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "surfaces.json", to_json(found, indent=1) + "\n")
     paths = [out / surface.label / "surface.npz" for surface in surfaces] + [out / "surfaces.json"]
     paths += draw_surfaces(surfaces, out / "surfaces") if args.dims == 2 else []
     paths += draw_profiles(surfaces, out / "profiles")
     if args.json:
-        print(json.dumps(found))
+        print(to_json(found))
     else:
         table(found, console)
         for line in notes(surfaces, found, cut_points(surfaces)):

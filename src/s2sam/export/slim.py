@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def slim(
     In eval mode the slim network computes what the masked one does, up to the rounding of shorter sums. Pruned are the
     channels that the structured sparsifier `source` has pruned. For any other sparsifier, masks of weights by parameter
     name, or None (the zeros that are there) it is every channel that cannot matter: no weight that reads it is left, or
-    no weight, bias or BatchNorm scale that makes it. One that BatchNorm still moves off 0 stays.
+    no weight, bias or BatchNorm scale that makes it. One that is a constant to those that read it stays: BatchNorm may
+    move it off 0, and so may an activation (sigmoid(0) = 1/2).
 
     The optimizer is a new one of the same class and settings, whose state is that of the parameters that are left, rows
     cut out likewise; S2SAM's direction is part of it, and `S2SAM(result.optimizer, model=result.model, ...)` goes on
@@ -90,6 +92,7 @@ def slim(
         step_hooks(optimizer).retire()
     with nullcontext() if sharpness is None else sharpness.clean():
         masked = copy.deepcopy(inner)
+    masked.eval()
     for p in masked.parameters():
         p.grad = None
     _apply(masked, masks)
@@ -99,15 +102,16 @@ def slim(
     else:
         if example_input is None:
             raise ValueError("slim() needs example_input=, what the model is called with, to find its channels")
+        assert example is not None
         groups = channel_groups(masked, (example_input, None)).groups
-        keep = {group.name: useful(group, masked) for group in groups}
+        keep = {group.name: useful(group, masked, example) for group in groups}
     alive = rows(groups, keep)
     small = copy.deepcopy(masked)
     cut(small, alive)
     if example is not None:
         _check(masked, small, example)
-    for one in (masked, small):
-        one.train(inner.training)
+    for module, was in zip(small.modules(), inner.modules(), strict=True):
+        module.training = was.training
     return Slim(
         small,
         None if optimizer is None else _carry(optimizer, inner, small, alive),
@@ -117,15 +121,44 @@ def slim(
     )
 
 
-def useful(group: ChannelGroup, model: nn.Module) -> Tensor:
-    """Which channels of the group can matter to what `model` computes; at least one counts as such."""
+def useful(group: ChannelGroup, model: nn.Module, example: Batch) -> Tensor:
+    """Which channels of the group can matter to what `model` computes; at least one counts as such.
+
+    A channel that is read and that nothing makes is 0 where it begins, but not behind an activation with f(0) != 0: it
+    matters if the layers that read it see something else than 0. Cost: a pass, if there is such a channel.
+    """
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     read = _any(group, tensors, [IN])
     made = _any(group, tensors, [OUT]) | _any(group, tensors, [SCALE]) | _any(group, tensors, [SHIFT])
+    if bool((read & ~made).any()):
+        made |= arrives(group, model, example)
     keep = read & made
     if not bool(keep.any()):
         keep[0] = True
     return keep
+
+
+@torch.no_grad()
+def arrives(group: ChannelGroup, model: nn.Module, example: Batch) -> Tensor:
+    """Which channels of the group reach a layer that reads them as anything but 0, on the example."""
+    found = torch.zeros(group.size, dtype=torch.bool)
+
+    def watch(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], owner: Tensor) -> None:
+        (x,) = (*args, *kwargs.values())
+        columns = x.movedim(1 - layer.weight.dim(), 0).flatten(1)
+        seen = (columns != 0).any(1).view(-1, len(owner)).any(0).cpu()  # of a grouped convolution: in any group
+        found[owner[seen & (owner >= 0)]] = True
+
+    handles = []
+    for m in group.of(IN):
+        layer, hook = model.get_submodule(m.name.rpartition(".")[0]), partial(watch, owner=m.owner.cpu())
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        model(*example.args, **example.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _any(group: ChannelGroup, tensors: Mapping[str, Tensor], roles: Iterable[str]) -> Tensor:
@@ -146,8 +179,6 @@ def _apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def _check(masked: nn.Module, small: nn.Module, example: Batch) -> None:
     tolerance = TOLERANCE.get(next(masked.parameters()).dtype, 0.05)
-    masked.eval()
-    small.eval()
     try:
         same = same_output(masked, small, example, tolerance=tolerance)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

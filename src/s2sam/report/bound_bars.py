@@ -31,6 +31,8 @@ def draw_bars(results: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "s2sam", "svg.fonttype": "none"}):
         figure = bars(results)
+        figure.draw_without_rendering()  # lay it out once, not for every file
+        figure.set_layout_engine("none")
         paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
         save_png(figure, paths[0])
         with atomic(paths[1]) as temporary:

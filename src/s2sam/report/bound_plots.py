@@ -166,7 +166,7 @@ def draw_stability(suite: Suite) -> Figure:
     curvatures = np.linspace(top / 400, top, 400)
     for method in METHODS:
         if method.name in names:
-            style = {"momentum": "--", "ema": ":"}.get(method.direction, "-") if method.kind == "s2sam" else "-"
+            style = {"momentum": "--", "ema": ":", "random": "-."}.get(method.direction, "-")
             radius = root_radius(method, curvatures, s)
             right.plot(curvatures, radius, style, color=_colour(method.name), lw=1.5, label=method.name)
     right.axhline(1.0, color=INK, lw=0.8)

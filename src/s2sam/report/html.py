@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from statistics import median
 from string import Template
@@ -12,9 +11,10 @@ from typing import Any
 from s2sam import __version__
 from s2sam.report.arms import Arm, flatten
 from s2sam.report.beside import Beside
+from s2sam.report.markup import arm_table, grid, items, pairs, text
 from s2sam.report.panels import Section, treatments
 from s2sam.report.plots import draw_all
-from s2sam.report.surface_section import SIDES
+from s2sam.report.surface_views import rules
 from s2sam.report.svg import PALETTE
 from s2sam.report.tables import Row, Table, cells, headers, interval_text, percent
 
@@ -37,6 +37,7 @@ def render(
     how: str = "",
     remarks: Sequence[str] = (),
     sections: Sequence[Section] = (),
+    costs: Section | None = None,
 ) -> str:
     """The page as a string.
 
@@ -46,9 +47,10 @@ def render(
         how: the command that made the runs or the page.
         remarks: further sentences for the section on what is not shown, as plain text.
         sections: further figures, which come after those that every run has.
+        costs: what :func:`s2sam.report.cost_section.cost_section` returned, to stand after the results.
     """
     arms = [row.arm for row in table.rows]
-    names = treatments(arms)
+    names, drawn = treatments(arms), draw_all(table)
     config = flatten(next(iter(arms[0].runs.values())).config)
     data, model = str(config.get("data", "?")), str(config.get("model", "?"))
     seeds = sorted({seed for arm in arms for seed in arm.runs})
@@ -60,27 +62,25 @@ def render(
         "epochs": config.get("epochs", "?"),
     }
     return Template(files("s2sam.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title=_text(title),
-        kicker=_text(f"s2sam report / {data} / {model}"),
-        lead=_text(_lead(arms, data, model)),
-        facts="".join(f"<li><b>{_text(str(v))}</b> {_text(k)}</li>" for k, v in facts.items()),
+        title=text(title),
+        kicker=text(f"s2sam report / {data} / {model}"),
+        lead=text(_lead(arms, data, model)),
+        facts="".join(f"<li><b>{text(str(v))}</b> {text(k)}</li>" for k, v in facts.items()),
         summary=_summary(table),
         table=_table(table, names),
-        notes=_items(table.notes),
+        notes=items(table.notes),
         legend=_legend(names),
-        sections="".join(map(_section, [*draw_all(table), *sections])),
-        caveats=_items([*_caveats(table, data), *remarks]),
-        how=_text(how or "s2sam report " + " ".join(str(run.folder) for arm in arms for run in arm.runs.values())),
-        configuration=_pairs(_common(arms)),
-        arm_settings=_grid(["arm", "network", "optimizer"], [_settings(arm) for arm in arms]),
+        sections="".join(map(_section, [*drawn[:1], *([costs] if costs else []), *drawn[1:], *sections])),
+        caveats=items([*_caveats(table, data), *remarks]),
+        how=text(how or "s2sam report " + " ".join(str(run.folder) for arm in arms for run in arm.runs.values())),
+        configuration=pairs(_common(arms)),
+        arm_settings=grid(["arm", "network", "optimizer"], [_settings(arm) for arm in arms]),
         environment=_environment(arms),
-        runs=_grid([*_RUNS, *(one.header for one in table.beside), "folder"], _runs(arms, table.beside)),
-        version=_text(__version__),
+        runs=grid([*_RUNS, *(one.header for one in table.beside), "folder"], _runs(arms, table.beside)),
+        version=text(__version__),
         light=_palette(0),
         dark=_palette(1),
-        views="\n".join(
-            f".views:has(#surface-view-{i}:checked) .view-{i} {{ display: block; }}" for i in range(len(SIDES))
-        ),
+        views=rules(),
         toggles="\n".join(
             f"body:has(#show-{i}:not(:checked)) svg .s{i} {{ opacity: .06; }}" for i in range(len(names))
         ),
@@ -151,7 +151,7 @@ def _price(compared: Sequence[Row]) -> list[str]:
 
 def _summary(table: Table) -> str:
     first, *rest = summary_sentences(table)
-    return f"<p><b>{_text(first)}</b></p><ul>{_items(rest)}</ul>" if rest else f"<p>{_text(first)}</p>"
+    return f"<p><b>{text(first)}</b></p><ul>{items(rest)}</ul>" if rest else f"<p>{text(first)}</p>"
 
 
 def _lead(arms: Sequence[Arm], data: str, model: str) -> str:
@@ -193,30 +193,13 @@ def _caveats(table: Table, data: str) -> list[str]:
 
 def _table(table: Table, names: Sequence[str]) -> str:
     head = headers(table)
-    columns = "".join(f'<th scope="col"{_left(name)}>{_text(h)}</th>' for name, h in head.items())
-    body, base = [], None
+    rows = []
     for row in table.rows:
-        if row.arm.base != base:
-            base = row.arm.base
-            body.append(
-                f'<tr class="base"><th scope="rowgroup">{_text(base)}</th><td colspan="{len(head) - 1}"></td></tr>'
-            )
-        series = names.index(row.arm.treatment) % len(PALETTE)
         shows = row.difference.shows if row.difference else 0
-        pill = f'<span class="pill{ {1: " up", -1: " down"}.get(shows, "") }">{_text(row.verdict)}</span>'
-        dot = f'<span class="dot" style="background:var(--s{series})"></span>'
-        first = f'<th scope="row">{dot}{_text(row.arm.treatment)}</th>'
-        rest = "".join(
-            f"<td{_left(name)}>{pill if name == 'verdict' else _text(value)}</td>"
-            for name, value in cells(table, row).items()
-            if name != "arm"
-        )
-        body.append(f"<tr>{first}{rest}</tr>")
-    return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _left(column: str) -> str:
-    return ' class="text"' if column in ("arm", "verdict") else ""
+        pill = f'<span class="pill{ {1: " up", -1: " down"}.get(shows, "") }">{text(row.verdict)}</span>'
+        texts = {name: text(value) for name, value in cells(table, row).items() if name != "arm"}
+        rows.append((row.arm, list((texts | {"verdict": pill}).values())))
+    return arm_table(list(head.values()), rows, names, words=(head["verdict"],))
 
 
 def _legend(names: Sequence[str]) -> str:
@@ -224,7 +207,7 @@ def _legend(names: Sequence[str]) -> str:
         return ""
     labels = "".join(
         f'<label><input type="checkbox" id="show-{i}" checked style="accent-color:var(--s{i % len(PALETTE)})">'
-        f'<span style="color:var(--s{i % len(PALETTE)})">{_text(name)}</span></label>'
+        f'<span style="color:var(--s{i % len(PALETTE)})">{text(name)}</span></label>'
         for i, name in enumerate(names)
     )
     opening = '<div class="card legend" role="group" aria-label="Colours of the figures">'
@@ -237,8 +220,8 @@ def _section(section: Section) -> str:
     )
     count = sum(not figure.wide for figure in section.figures)
     size = " one" if count == 1 else " three" if count % 6 == 3 else ""  # rows without gaps
-    says = f'<ul class="says">{_items(section.says)}</ul>' if section.says else ""
-    head = f'<h2>{_text(section.title)}</h2>{says}<p class="caption">{_text(section.caption)}</p>'
+    says = f'<ul class="says">{items(section.says)}</ul>' if section.says else ""
+    head = f'<h2>{text(section.title)}</h2>{says}<p class="caption">{text(section.caption)}</p>'
     return f'<section>{head}<div class="grid{size}">{figures}</div></section>'
 
 
@@ -280,27 +263,7 @@ def _environment(arms: Sequence[Arm]) -> str:
     several = (
         f'<p class="caption">The runs come from {len(environments)} environments.</p>' if len(environments) > 1 else ""
     )
-    return several + "".join(_pairs(flatten(env)) for env in environments)
-
-
-def _pairs(mapping: Mapping[str, Any]) -> str:
-    rows = "".join(f'<tr><th scope="row">{_text(str(k))}</th><td>{_text(str(v))}</td></tr>' for k, v in mapping.items())
-    return f"<table><tbody>{rows}</tbody></table>"
-
-
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    columns = "".join(f'<th scope="col">{_text(h)}</th>' for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _text(value: str) -> str:
-    """Escaped, with the percent sign kept at its number."""
-    return escape(value, quote=True).replace(" %", "&nbsp;%")
-
-
-def _items(sentences: Iterable[str]) -> str:
-    return "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    return several + "".join(pairs(flatten(env)) for env in environments)
 
 
 def _count(n: int, noun: str) -> str:

@@ -23,6 +23,7 @@ class Run:
     epochs: list[Record]
     steps: list[Record] = field(default_factory=list)
     topology: list[Record] = field(default_factory=list)
+    levels: list[Record] = field(default_factory=list)  #: epochs of the trainings before the last one (LT)
 
     @property
     def seed(self) -> int:
@@ -90,7 +91,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 
 def _assemble(folder: Path, config: Record, env: Record, records: list[Record]) -> Run:
-    kinds: dict[str, list[Record]] = {"final": [], "epoch": [], "step": [], "topology": []}
+    kinds: dict[str, list[Record]] = {"final": [], "epoch": [], "step": [], "topology": [], "level": []}
     for record in records:
         kinds.setdefault(record["kind"], []).append(record)
     if len(kinds["final"]) != 1:
@@ -102,4 +103,4 @@ def _assemble(folder: Path, config: Record, env: Record, records: list[Record]) 
     wanted = config.get("epochs", len(kinds["epoch"]))
     if [r.get("epoch") for r in kinds["epoch"]] != list(range(1, wanted + 1)):
         raise ValueError(f"{folder} does not hold epochs 1 to {wanted} once each, in order; run it again")
-    return Run(folder, config, env, final, kinds["epoch"], kinds["step"], kinds["topology"])
+    return Run(folder, config, env, final, kinds["epoch"], kinds["step"], kinds["topology"], kinds["level"])

@@ -16,10 +16,18 @@ from s2sam.analysis.robustness_file import check_comparable, check_distinct
 from s2sam.report.stats import Difference, binomial_error, deviation, mean, paired_difference
 
 Result = dict[str, Any]
-MEASURES = (
-    "clean_error", "mean_corruption_error", "relative_mean_corruption_error", "retained_accuracy", "mce_alexnet",
-    "relative_mce_alexnet", "mean_corruption_ece", "mean_corruption_nll",
-)  # fmt: skip
+
+
+def measure_of(result: Result, name: str) -> float | None:
+    """A measure of a result, or None where it is not defined; a dot leads inside.
+
+    >>> measure_of({"clean": {"ece": 0.25}, "mce_alexnet": None}, "clean.ece")
+    0.25
+    """
+    found: Any = result
+    for part in name.split("."):
+        found = found[part]
+    return None if found is None else float(found)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class RobustArm:
 
     def values(self, measure: str) -> list[float]:
         """The measure of each run; empty where it is not defined."""
-        return [float(r[measure]) for r in self.results if r[measure] is not None]
+        return [value for r in self.results if (value := measure_of(r, measure)) is not None]
 
     def text(self, measure: str, scale: float = 1.0, digits: int = 2) -> str:
         """Mean over the runs, and below it +- standard deviation if there are several; "-" for an undefined measure."""

@@ -17,7 +17,7 @@ from s2sam.report.arm_bars import Dot, arm_bars
 from s2sam.report.arms import Arm, reference_of
 from s2sam.report.held import Held, Result, find
 from s2sam.report.panels import Figure, Section, treatments
-from s2sam.report.robust_arms import RobustArm, compare, sentence
+from s2sam.report.robust_arms import RobustArm, compare, measure_of, sentence
 from s2sam.report.robust_plots import accuracies
 from s2sam.report.svg import PAPER, new_axes, shorten, to_svg
 
@@ -29,6 +29,7 @@ _DARK, _LIGHT = "#1c2430", "#ffffff"  #: of numbers on coloured cells, the same 
 _BARS = (  # measure, title, unit, factor, form
     ("mean_corruption_accuracy", "Accuracy on corrupted images", "% of the images", 100.0, "{:.2f} %"),
     ("relative_mean_corruption_error", "Accuracy lost to corruption", "percentage points", 100.0, "{:.2f} points"),
+    ("clean.ece", "Calibration error on clean images", "ECE, %", 100.0, "{:.2f} %"),
     ("mean_corruption_ece", "Calibration error on corrupted images", "ECE, %", 100.0, "{:.2f} %"),
 )
 
@@ -49,9 +50,9 @@ def robust_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
         arm_bars(
             title,
             unit,
-            {arm: [Dot(factor * r[measure]) for r in seeds.values()] for arm, seeds in held.by_arm.items()},
+            {arm: [_dot(r, measure, factor) for r in seeds.values()] for arm, seeds in held.by_arm.items()},
             names,
-            f"robust-{held.first['source']}-{measure}",
+            f"robust-{held.first['source']}-{measure.replace('.', '-')}",
             form,
         )
         for measure, title, unit, factor, form in _BARS
@@ -128,8 +129,14 @@ def _words(held: Held, arms: Sequence[Arm]) -> list[str]:
     return [f"{sentence(each)}." for each in found]
 
 
+def _dot(result: Result, measure: str, factor: float) -> Dot:
+    value = measure_of(result, measure)
+    return Dot(None if value is None else factor * value)
+
+
 def _where(facts: Result) -> str:
-    images = f"{facts['images']:,} of {facts['all_images']:,} test images"
+    averaged = ", averaged weights" if facts.get("weights") == "ema" else ""
+    images = f"{facts['images']:,} of {facts['all_images']:,} test images{averaged}"
     if facts["source"] == "official":
         return f"{images}, official files in the layout of {facts['layout']}"
     return (

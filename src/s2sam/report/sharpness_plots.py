@@ -15,7 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from s2sam.analysis.lanczos import density
+from s2sam.analysis.lanczos import Array, density
+from s2sam.report.draw import log_scale
 from s2sam.report.surface_plots import LIGHT, new_figure, save_figure
 from s2sam.report.svg import PALETTE, shorten, style
 
@@ -31,6 +32,7 @@ BARS = {
     "worst_adaptive": "adaptive worst case", "average_adaptive": "adaptive average",
 }  # fmt: skip
 POINTS = 400  #: of a density
+FLOOR = 1e-8  #: the share of all eigenvalues, smoothed into a bell, that is the least that is drawn of a density
 
 
 def light(place: int) -> str:
@@ -96,6 +98,25 @@ def bar(axes: Axes, place: int, measured: Record | None, colour: str) -> Any:
     return handle if not fine else drawn
 
 
+def smoothed(spectra: Sequence[Record]) -> tuple[Array, list[Array], float]:
+    """A common grid, the density of each spectrum on it, and the width of a bell: a hundredth of the range of all.
+
+    >>> grid, (phi,), width = smoothed([{"nodes": [[0.0, 10.0]], "weights": [[0.9, 0.1]]}])
+    >>> round(width, 3), round(float(np.trapezoid(phi, grid)), 3), round(float(phi.max()), 1)
+    (0.1, 1.0, 3.6)
+    """
+    given = [tuple(np.array(one[key], dtype=np.float64) for key in ("nodes", "weights")) for one in spectra]
+    low, high = (float(limit([limit(nodes) for nodes, _ in given])) for limit in (np.min, np.max))
+    width = (high - low) / 100 or 1.0
+    grid = np.linspace(low - 4 * width, high + 4 * width, POINTS)
+    return grid, [density(nodes, weights, grid, width) for nodes, weights in given], width
+
+
+def density_limits(curves: Sequence[Array], width: float) -> tuple[float, float]:
+    """Of a logarithmic axis: below it nothing is drawn, as so little mass is not resolved."""
+    return FLOOR / width, 3 * max(float(phi.max()) for phi in curves)
+
+
 def densities(records: Sequence[Record], colour: Colour = light) -> Figure:
     """The spectral density of each run on one scale, smoothed by a hundredth of the range, logarithmic.
 
@@ -105,23 +126,17 @@ def densities(records: Sequence[Record], colour: Colour = light) -> Figure:
     given = [(i, r) for i, r in enumerate(records) if r["density"] is not None]
     if not given:
         raise ValueError("no run has a spectral density; measure it with --probes above 0")
-    figure = new_figure(6.0, 3.4)
+    figure, starts = new_figure(6.0, 3.4), len(given[0][1]["density"]["nodes"])
     axes = figure.add_subplot()
-    spectra = [
-        (i, r["run"], *(np.array(r["density"][key], dtype=np.float64) for key in ("nodes", "weights")))
-        for i, r in given
-    ]
-    low, high = min(float(s[2].min()) for s in spectra), max(float(s[2].max()) for s in spectra)
-    width = (high - low) / 100 or 1.0
-    grid = np.linspace(low - 4 * width, high + 4 * width, POINTS)
-    curves = [density(nodes, weights, grid, width) for *_, nodes, weights in spectra]
-    for (i, run, *_), drawn in zip(spectra, curves, strict=True):
-        axes.plot(grid, drawn, color=colour(i), label=shorten(run, 40))
-    axes.set_yscale("log")
-    axes.set_ylim(1e-8 / width, 3 * max(float(drawn.max()) for drawn in curves))
+    grid, curves, width = smoothed([r["density"] for _, r in given])
+    for (i, record), drawn in zip(given, curves, strict=True):
+        axes.plot(grid, drawn, color=colour(i), label=shorten(record["run"], 40))
+    limits = density_limits(curves, width)
+    log_scale(axes, limits)
+    axes.set_ylim(*limits)
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_ylabel("density")
-    axes.set_title(f"Spectral density, {len(spectra[0][2])} random starts")
+    axes.set_title(f"Spectral density, {starts} random starts")
     axes.legend(frameon=False, fontsize=8)
     return figure
 

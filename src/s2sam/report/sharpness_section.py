@@ -12,6 +12,7 @@ from s2sam.report.arm_bars import Dot, arm_bars, number
 from s2sam.report.arms import Arm, reference_of
 from s2sam.report.held import Held, Result, find
 from s2sam.report.panels import Section, treatments
+from s2sam.report.sharpness_density import density_sections
 from s2sam.report.stats import paired_difference
 
 TOLERANCE = 0.1  #: of train losses that match, relative; the default of `s2sam sharpness`
@@ -36,7 +37,7 @@ def find_sharpness(arms: Sequence[Arm]) -> Held:
 
 
 def sharpness_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
-    """Bars of each measure."""
+    """Bars of each measure, and the spectral density."""
     first, names = held.first, treatments(arms)
     given = first["settings"]
     figures = tuple(
@@ -55,7 +56,7 @@ def sharpness_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
         figures,
         says=(*sentences(held, arms), *held.notes),
     )
-    return [section]
+    return [section, *density_sections(held, arms)]
 
 
 def dot(measured: Mapping[str, Any] | float | None) -> Dot:

@@ -130,4 +130,5 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
         with atomic(path) as temporary:
             metadata = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(temporary, format=path.suffix[1:], dpi=160, bbox_inches="tight", metadata=metadata)
+        figure.set_layout_engine("none")  # the next format takes the places of the first
     return paths

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from s2sam.report.arms import group_runs
 from s2sam.report.cost import cost_from_rounds
+from s2sam.report.cost_section import cost_section
 from s2sam.report.formats import to_csv, to_markdown
 from s2sam.report.html import render
 from s2sam.report.panels import Section
@@ -44,7 +45,8 @@ def write_report(
     contents = (
         {page.with_name("table.md"): to_markdown(table), page.with_name("table.csv"): to_csv(table)} if tables else {}
     )
-    contents[page] = render(table, title=title, how=how, remarks=remarks, sections=sections)
+    costs = cost_section([row.arm for row in table.rows])
+    contents[page] = render(table, title=title, how=how, remarks=remarks, sections=sections, costs=costs)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -89,7 +89,11 @@ class SAM:
         context.skip = not (self._finite and all_finite(context.gradients()))
 
     def _two_passes(self, closure: Closure) -> Any:
-        loss = closure()
+        self._hooks.preview = any(float(group["rho"]) > 0 for group in self.optimizer.param_groups)
+        try:
+            loss = closure()
+        finally:
+            self._hooks.preview = False
         groups = [
             (float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups
         ]

@@ -140,8 +140,15 @@ class Sparsifier(Measures):
         return {name: scores.random(w, self.generator) for name, w in self.weights.items()}
 
     def due(self, part: Part, t: int) -> bool:
-        """Whether the `t`-th step of the part's optimizer (from 1) changes the topology. Must not read the device."""
+        """Whether the `t`-th step of the part's optimizer (from 1) changes the topology. Must not read the device.
+
+        In step `total_steps` only what the plan still has to prune: see :meth:`on_grid`.
+        """
         return False
+
+    def on_grid(self, t: int) -> bool:
+        """Whether `t` is a multiple of `delta_t`, and not the last step: what changed there would never be trained."""
+        return bool(t % self.options.delta_t == 0 and t != self.total_steps)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """New masks of the part's layers that change, after its step `t`. Gradients are in `weight.grad`."""
@@ -173,7 +180,13 @@ class Sparsifier(Measures):
     ) -> dict[str, Tensor]:
         """The masks at the start: top :meth:`initial_scores` within the :meth:`budget`."""
         budget = self.budget(sparsity, distribution, power_scale)
-        return choose(self.initial_scores(model), budget, at_least=self.min_per_layer)
+        return self.pick(self.initial_scores(model), budget, at_least=self.min_per_layer)
+
+    def pick(
+        self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1
+    ) -> dict[str, Tensor]:
+        """Masks of the largest scores, as :func:`s2sam.sparse.topk.choose`; a method may choose several at once."""
+        return choose(given, budget, at_least=at_least)
 
     def budget(self, sparsity: float, distribution: Distribution, power_scale: float = 1.0) -> int | dict[str, int]:
         """How many weights to keep: in all together for "global", else in each layer."""
@@ -208,11 +221,12 @@ class Sparsifier(Measures):
         """Zero the gradients of pruned weights now, for instance before clipping by norm.
 
         Not in a step that will replace the gradient step (RigL): its dense gradients are growth scores, and nothing
-        else is done with them.
+        else is done with them. The gradients of SAM's first pass are masked, and no method looks at them.
         """
         for part in self.parts:
             if not part.replaces_next():
-                part.show_gradients()
+                if not step_hooks(part.optimizer).preview:
+                    part.show_gradients()
                 part.mask_gradients()
 
     def apply(self) -> None:

@@ -64,7 +64,7 @@ def channel_groups(model: nn.Module, batch: Any) -> Channels:
         example = Batch.read(batch, next(iter(twin.parameters()), torch.zeros(())))
         classes, bad = _classes(twin, *_trace(library, twin, example))
         groups, dense = _groups(twin, classes, bad)
-        return proved(twin, example, groups, dense)
+        return proved(twin, example, groups, dense | _others(twin))
 
 
 def _library() -> Any:
@@ -124,6 +124,15 @@ def _trace(library: Any, twin: nn.Module, example: Batch) -> tuple[list[tuple[At
                     if reason:
                         bad[root, OUT, i] = f"{name!r} {reason}"
     return pairs, bad
+
+
+def _others(twin: nn.Module) -> dict[str, str]:
+    """The layers with weights that are of no known kind."""
+    return {
+        name: f"it is a {type(module).__name__}, whose channels cannot be cut"
+        for name, module in twin.named_modules()
+        if not isinstance(module, _KNOWN) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }
 
 
 def _passes(module: nn.Module) -> bool:

@@ -86,8 +86,8 @@ class DropGrow(Sparsifier):
         return n if self.options.regrow_dropped else min(n, part.layers.weights[name].numel() - active)
 
     def due(self, part: Part, t: int) -> bool:
-        """Every `delta_t` steps up to the end, if there is something to exchange."""
-        if t % self.options.delta_t or t > self.last_step:
+        """Every `delta_t` steps up to the end, but not in the last one, if there is something to exchange."""
+        if t > self.last_step or not self.on_grid(t):
             return False
         return any(self.drop_count(part, name, t) for name in part.layers.masks)
 

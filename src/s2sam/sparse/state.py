@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ _KEYS = ("method", "steps", "updates", "frozen", "shapes", "masks", "initial", "
 
 
 def save(sparsifier: Sparsifier) -> dict[str, Any]:
-    """All that a resumed run needs: masks as bits, counters, generator, and the masks at the start and their union."""
+    """All that a resumed run needs: masks as bits, counters, generator, and the masks at the start and their union.
+
+    A snapshot: later steps do not change it. Cost: a copy of what the method keeps besides.
+    """
     sparsifier._require_masks()
     return {
         "format": FORMAT,
@@ -33,7 +37,7 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
         "initial": _pack(sparsifier._initial),
         "explored": _pack(sparsifier._explored),
         "generator": sparsifier.generator.get_state(),
-        "extra": sparsifier.extra_state(),
+        "extra": copy.deepcopy(sparsifier.extra_state()),
     }
 
 

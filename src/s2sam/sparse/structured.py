@@ -82,7 +82,10 @@ class Structured(Sparsifier):
             found = found.without([name], f"{name!r}: {reason}")
         if not found.groups:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.dense.items())[:3])
-            raise ValueError(f"the model has no channels to prune ({reasons or 'no layer makes any'})")
+            raise ValueError(
+                f"the model has no channels to prune ({reasons or 'no layer makes any'}); prune weights instead, by a "
+                "method such as 'rigl'"
+            )
         return found
 
     def _example(self) -> Any:

@@ -48,14 +48,17 @@ def kth_largest(flat: Tensor, k: int) -> Tensor:
     """The k-th largest of a row without NaN, k >= 1, as a tensor of no dimension.
 
     `torch.topk` on a CPU selects one value after the other; `numpy.partition` uses vector instructions and takes a
-    fraction of the time for the same value.
+    fraction of the time for the same value. Not where most are equal, so the lowest (pruned weights, positions that are
+    no candidates) are set aside first.
 
     >>> kth_largest(torch.tensor([1.0, 3.0, 2.0]), 2)
     tensor(2.)
     """
     if flat.device.type == "cpu" and flat.numel() >= LARGE:
-        place = flat.numel() - k
-        return torch.tensor(np.partition(flat.detach().numpy(), place)[place])
+        values = flat.detach().numpy()
+        values = values[values > values.min()]
+        place = len(values) - k
+        return torch.tensor(np.partition(values, place)[place]) if place >= 0 else flat.min()
     return torch.topk(flat, k, sorted=False).values.min()
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2sam.sparse.blocks import BlockOptions, Blocks
+from s2sam.sparse.blocks import BlockChoice
 from s2sam.sparse.methods.rigl import RigL, RigLOptions
+from s2sam.sparse.options import check_list
 
 
 @dataclass(frozen=True)
-class BlockRigLOptions(BlockOptions, RigLOptions):
+class BlockRigLOptions(BlockChoice, RigLOptions):
     """As RigL's, and the block."""
 
+    block: Sequence[int] | None = (1, 4)
+
     def __post_init__(self) -> None:
-        BlockOptions.__post_init__(self)
+        check_list("block", self.block, "[1, 4]")
+        BlockChoice.__post_init__(self)
         RigLOptions.__post_init__(self)
 
 
-class BlockRigL(Blocks, RigL):
+class BlockRigL(RigL):
     """RigL with sums over blocks: drop the blocks of smallest sum |w|, grow those of largest sum |dL/dw|.
 
     n_drop = floor(f_t n_active / b) b  weights,  b weights a block,  f_t = f/2 (1 + cos(pi t / T_end))

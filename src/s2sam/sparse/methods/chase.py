@@ -129,9 +129,9 @@ class Chase(GrowByGradient, Structured):
         return sum(part.kept.values()) > self.allowed(part.step) or self.done < bisect_right(self.grid, part.step)
 
     def due(self, part: Part, t: int) -> bool:
-        """On either grid, and wherever something was missed."""
+        """On either grid, but for exchanges in the last step, and wherever something was missed."""
         over = sum(part.kept.values()) > self.allowed(t) or self.done < bisect_right(self.grid, t)
-        return over or t % self.options.delta_t == 0
+        return over or self.on_grid(t)
 
     def look(self, part: Part) -> None:
         """Keep |dL/dw| if the step is due."""
@@ -142,7 +142,7 @@ class Chase(GrowByGradient, Structured):
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Channels first, then weights."""
-        on_grid = t % self.options.delta_t == 0
+        on_grid = self.on_grid(t)
         masks = {name: mask.clone() for name, mask in part.layers.masks.items()}
         target = self.allowed(t) if on_grid else min(sum(part.kept.values()), self.allowed(t))
         if self.done < bisect_right(self.grid, t):

@@ -73,15 +73,16 @@ class DeepR(Sparsifier):
         return values[min((t - 1) * len(values) // (self.total_steps or 1), len(values) - 1)]
 
     def moved(self, part: Part, context: StepContext) -> None:
-        """L1, noise, and 0 for what crosses it; nothing where the step was skipped."""
+        """L1, noise, and 0 for what crosses it; nothing where the step was skipped or a layer has no gradient."""
         if context.nothing_moved():
             return
-        for name, _, group in part.in_groups():
-            self._move(part, name, group["lr"], self.temperature(part.step + 1))
+        for name, weight, group in part.in_groups():
+            if weight.grad is not None:
+                self._move(part, name, group["lr"], self.temperature(part.step + 1))
 
     def due(self, part: Part, t: int) -> bool:
-        """Every `delta_t` steps."""
-        return t % self.options.delta_t == 0
+        """Every `delta_t` steps, but not in the last one."""
+        return self.on_grid(t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """What is not 0, and random others."""

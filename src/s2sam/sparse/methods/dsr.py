@@ -84,8 +84,9 @@ class DSR(DropGrow):
         return int(self.options.delta_t * 2 ** sum(t >= share * self.total_steps for share in self.options.stretch))
 
     def due(self, part: Part, t: int) -> bool:
-        """Every :meth:`interval` steps up to the end, if there is a free place."""
-        return t % self.interval(t) == 0 and t <= self.last_step and any(self._room(part).values())
+        """Every :meth:`interval` steps up to the end, but not in the last one, if there is a free place."""
+        on_grid = t % self.interval(t) == 0 and t != self.total_steps
+        return on_grid and t <= self.last_step and any(self._room(part).values())
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Survivors, and random others."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from s2sam.hooks import check_number
 from s2sam.sparse import scores
+from s2sam.sparse.blocks import BlockChoice, InBlocks
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.scheduled import Budget, Scheduled, over
 from s2sam.sparse.schedules import Cubic
-from s2sam.sparse.topk import choose
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,16 @@ class GMPOptions:
         check_number("t_end", self.t_end, 0.0, 1.0)
 
 
-class GMP(Scheduled):
+@dataclass(frozen=True)
+class GMPBlockOptions(BlockChoice, GMPOptions):
+    """As above, and the block."""
+
+    def __post_init__(self) -> None:
+        BlockChoice.__post_init__(self)
+        GMPOptions.__post_init__(self)
+
+
+class GMP(InBlocks, Scheduled):
     """Prune the smallest |w| every `delta_t` steps, so that the sparsity follows a cubic curve to the target.
 
     s_t = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))^3,  t0 = t_start T, t1 = t_end T, T = total_steps
@@ -45,6 +55,8 @@ class GMP(Scheduled):
     Pruning is hard: a pruned weight is 0 at once and never comes back, its optimizer state is cleared, and masks are
     nested (google-research/jaxpruner:`magnitude`; not its straight-through variant, whose pruned weights live on). The
     defaults of t_start and t_end are about those of google-research/rigl for ImageNet, 20,000 and 75,000 of 97,656.
+
+    With `block` whole blocks go, those with the smallest sums of |w|.
 
     Cost: the masks alone; each change ranks every layer once. The steps before t1 compute with a denser network.
 
@@ -69,7 +81,7 @@ class GMP(Scheduled):
     """
 
     method = "gmp"
-    Options = GMPOptions
+    Options: ClassVar[type[GMPOptions]] = GMPBlockOptions
     options: GMPOptions
 
     def check_options(self) -> None:
@@ -91,13 +103,14 @@ class GMP(Scheduled):
 
     def target_sparsity(self, t: int) -> float:
         """s_t of the last change up to `t`."""
-        return self.sparsities[bisect_right(self.grid, t)]
+        i = bisect_right(self.grid, t)
+        return self.share(self.sparsities[i], self.plan[i])
 
     def initial_masks(
         self, model: nn.Module, sparsity: float, distribution: Distribution, power_scale: float
     ) -> dict[str, Tensor]:
         """The largest |w|, as many as the initial sparsity leaves: all by default."""
-        return choose({name: scores.magnitude(w) for name, w in self.weights.items()}, self.plan[0])
+        return self.pick({name: scores.magnitude(w) for name, w in self.weights.items()}, self.plan[0])
 
     def due(self, part: Part, t: int) -> bool:
         """On the grid, where the plan goes down, and after it for as long as a step was missed."""
@@ -106,7 +119,7 @@ class GMP(Scheduled):
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """The largest |w| of those that are left."""
         left = {name: scores.magnitude(w) for name, w in part.layers.weights.items()}
-        return choose(self.active(part, left), self.allowed(t))
+        return self.pick(self.active(part, left), self.allowed(t))
 
     def allowed(self, t: int) -> Budget:
         """That of the last change up to `t`."""

@@ -86,13 +86,13 @@ class GraNet(GrowByGradient, GMP):
         return Sparsifier.initial_masks(self, model, self.options.initial_sparsity, distribution, power_scale)
 
     def due(self, part: Part, t: int) -> bool:
-        """On the grid, and wherever more is active than the plan leaves."""
-        return t % self.options.delta_t == 0 or super().due(part, t)
+        """On the grid, but for the last step, and wherever more is active than the plan leaves."""
+        return self.on_grid(t) or super().due(part, t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Prune, then exchange; a step off the grid only makes up for a prune that was missed."""
         masks = super().next_masks(part, t)
-        if t % self.options.delta_t:
+        if not self.on_grid(t):
             return masks
         fraction = CosineDrop(self.options.drop_fraction, self.step_at(1.0), self.options.drop_end)(t)
         for name, active in counts(masks).items():

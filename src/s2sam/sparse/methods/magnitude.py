@@ -5,17 +5,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from s2sam.sparse import scores
-from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.blocks import BlockChoice, InBlocks
 
 
-class Magnitude(Sparsifier):
+class Magnitude(InBlocks):
     """Keep the largest |w| at the time of attaching, layer by layer, or over all layers with distribution="global".
 
     For trained weights, to prune and fine-tune (Han et al. 2015, arXiv:1506.02626); at initialisation it is close to a
-    random choice. "global" keeps at least one weight in each layer. Cost: the masks alone.
+    random choice. "global" keeps at least one weight in each layer. With `block` the blocks with the largest sums of
+    |w| stay. Cost: the masks alone.
     """
 
     method = "magnitude"
+    Options = BlockChoice
+    options: BlockChoice
 
     def initial_scores(self, model: nn.Module) -> dict[str, Tensor]:
         """|w|."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from s2sam.sparse import scores
-from s2sam.sparse.drop_grow import DropGrow, DropGrowOptions
+from s2sam.sparse.blocks import BlockChoice, Blocks
+from s2sam.sparse.drop_grow import DropGrowOptions
 from s2sam.sparse.masks import counts
 from s2sam.sparse.options import check_flag
 from s2sam.sparse.part import Part
@@ -27,17 +29,27 @@ class SETOptions(DropGrowOptions):
         check_flag("sign_split", self.sign_split)
 
 
-class SET(DropGrow):
+@dataclass(frozen=True)
+class SETBlockOptions(BlockChoice, SETOptions):
+    """As above, and the block."""
+
+    def __post_init__(self) -> None:
+        BlockChoice.__post_init__(self)
+        SETOptions.__post_init__(self)
+
+
+class SET(Blocks):
     """Every `delta_t` steps, after the optimizer's step, drop the share f with the lowest |w|, grow as many at random.
 
     The random draw is exact (as many as were dropped, never a Bernoulli number) and leaves out what was just dropped
     unless `regrow_dropped`. With `sign_split` floor(f n) of the n active weights >= 0 and of those < 0 are dropped, the
     smallest and the largest (dcmocanu/sparse-evolutionary-artificial-neural-networks); an active 0 counts as positive
-    there. Cost: each change ranks each layer twice; a step in between costs what a static mask does.
+    there. With `block` whole blocks go and come, by sums of |w|. Cost: each change ranks each layer twice; a step in
+    between costs what a static mask does.
     """
 
     method = "set"
-    Options = SETOptions
+    Options: ClassVar[type[SETOptions]] = SETBlockOptions
     options: SETOptions
 
     def grow_scores(self, part: Part, name: str) -> Tensor | None:

@@ -70,15 +70,14 @@ class SNFS(DropGrow):
         return min(super().drop_count(part, name, t), part.kept[name] - 1)
 
     def look(self, part: Part) -> None:
-        """m <- beta m + dL/dw."""
+        """m <- beta m + dL/dw, where there is a gradient."""
         scale = getattr(part.optimizer, "grad_scale", None)  # of a GradScaler that leaves unscaling to the optimizer
         for name, weight in part.layers.weights.items():
-            grad = torch.zeros_like(weight) if weight.grad is None else torch.nan_to_num(weight.grad, 0.0, 0.0, 0.0)
-            if name in self.momentum:
-                self.momentum[name] = self.momentum[name].to(weight.device).mul_(self.options.beta)
-            else:
-                self.momentum[name] = torch.zeros_like(weight)
-            self.momentum[name] += grad if scale is None else grad / scale.to(grad.device)
+            held = self.momentum.get(name)
+            m = self.momentum[name] = torch.zeros_like(weight) if held is None else held.to(weight.device)
+            if weight.grad is not None:
+                grad = torch.nan_to_num(weight.grad, 0.0, 0.0, 0.0)
+                m.mul_(self.options.beta).add_(grad if scale is None else grad / scale.to(grad.device))
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Per layer what is kept; over all layers as many as before."""

@@ -71,8 +71,8 @@ class SRSTE(Reserve, NOfM):
         return float(group.get("momentum", 0.0)) if own is None else own
 
     def due(self, part: Part, t: int) -> bool:
-        """Every `delta_t` steps."""
-        return t % self.options.delta_t == 0
+        """Every `delta_t` steps, but not in the last one."""
+        return self.on_grid(t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """The n largest |theta| of each group."""

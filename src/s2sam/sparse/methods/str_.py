@@ -54,10 +54,10 @@ class STR(GMP):
         theta <- theta + (w' - w) - lr v,   v <- mu v + lambda (theta - w)
         s <- s - lr u,                      u <- mu u + dL/ds + lambda_s s
 
-    v is what weight decay does to theta beyond what it does to w. For SGD, momentum mu and nesterov included, this is
-    step by step what autograd through S would do (a test holds them equal); momentum that the optimizer has of a weight
-    goes into v when the weight is pruned. Other optimizers move theta as they move w, with decay outside their moments,
-    and s is moved by SGD. S2SAM displaces w, on the mask.
+    v is what weight decay does to theta beyond what it does to w. For SGD, momentum mu, dampening and nesterov
+    included, this is step by step what autograd through S would do (a test holds them equal); momentum that the
+    optimizer has of a weight goes into v when the weight is pruned. A layer without a gradient rests. Other optimizers
+    move theta as they move w, with decay outside their moments, and s is moved by SGD. S2SAM displaces w, on the mask.
 
     In the paper the sparsity emerges from `s_init` and weight decay. Here a controller adds one number to all s at each
     change, so that exactly as many weights are above their thresholds as the plan says; what the layers have learned of
@@ -94,6 +94,7 @@ class STR(GMP):
         self.s: dict[str, Tensor] = {}
         self.s_velocity: dict[str, Tensor] = {}  #: u
         self._seen: dict[str, Tensor] = {}
+        self._first: dict[str, bool] = {}  # whether SGD has no momentum of the layer so far
         super().__init__(*args, **kwargs)
         with torch.no_grad():
             for part in self.parts if self._ready else ():
@@ -133,7 +134,9 @@ class STR(GMP):
         scale = getattr(part.optimizer, "grad_scale", None)  # of a GradScaler that leaves unscaling to the optimizer
         for name, theta in self._live(part).items():
             weight = part.layers.weights[name]
+            self._seen.pop(name, None)
             if weight.grad is not None:
+                self._first[name] = _sgd_momentum(part, name) is None
                 active = part.layers.masks[name] & (theta.abs() > torch.sigmoid(self.s[name]))
                 total = torch.where(active, weight.grad * theta.sign(), 0.0).sum(dtype=theta.dtype)
                 self._seen[name] = total if scale is None else total / scale.to(total)
@@ -145,14 +148,17 @@ class STR(GMP):
         if not live or context.nothing_moved():
             return
         for name, weight, group in part.in_groups():
+            if name not in seen:
+                continue
             theta, s, mask = live[name], self.s[name], part.layers.masks[name]
             lr, decay = group["lr"], group.get("weight_decay", 0.0)
             before = self.soft(part, name)
             rate = torch.sigmoid(s) * (1 - torch.sigmoid(s))
-            slope = -rate * seen.get(name, 0.0) * (-1 if group.get("maximize") else 1)
+            slope = -rate * seen[name] * (-1 if group.get("maximize") else 1)
             slope = slope + (decay if self.options.s_decay is None else self.options.s_decay) * s
-            s -= lr * _with_momentum(self.s_velocity[name], slope, part, group)
-            step = _with_momentum(self.velocity[name], decay * (theta - before), part, group)
+            first = self._first[name]
+            s -= lr * _with_momentum(self.s_velocity[name], slope, part, group, first)
+            step = _with_momentum(self.velocity[name], decay * (theta - before), part, group, first)
             theta += torch.where(mask, weight - before, 0.0) - lr * step
             weight.copy_(self.soft(part, name))
 
@@ -224,10 +230,13 @@ class STR(GMP):
         return masks
 
 
-def _with_momentum(velocity: Tensor, slope: Tensor, part: Part, group: Mapping[str, Any]) -> Tensor:
-    """The step of SGD with the group's momentum, lr apart; of other optimizers without it. Updates `velocity`."""
+def _with_momentum(velocity: Tensor, slope: Tensor, part: Part, group: Mapping[str, Any], first: bool) -> Tensor:
+    """The step of SGD with the group's momentum, lr apart; of other optimizers without it. Updates `velocity`.
+
+    v <- mu v + (1 - dampening) slope, but v <- slope in the first step, as torch's SGD has it.
+    """
     mu = group["momentum"] if isinstance(part.optimizer, torch.optim.SGD) else 0.0
-    velocity.mul_(mu).add_(slope)
+    velocity.mul_(mu).add_(slope, alpha=1 - group["dampening"] if mu and not first else 1)
     return slope + mu * velocity if mu and group["nesterov"] else velocity
 
 

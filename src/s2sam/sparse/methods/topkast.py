@@ -88,8 +88,8 @@ class TopKAST(Reserve):
         return self.options.momentum
 
     def due(self, part: Part, t: int) -> bool:
-        """Every `delta_t` steps."""
-        return t % self.options.delta_t == 0
+        """Every `delta_t` steps, but not in the last one."""
+        return self.on_grid(t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """The largest |theta|, as many as before."""
