@@ -48,6 +48,16 @@ def throughput(path: Path) -> Iterator[Row]:
                 )  # fmt: skip
 
 
+def surface(path: Path) -> Iterator[Row]:
+    """A loss surface / the forward passes it needs."""
+    found = json.loads(path.read_text())
+    size = "{points} x {points} points on {images} images".format(**found["settings"])
+    yield (
+        f"time of a loss surface / of its forward passes, {NAMES[found['settings']['network']]}, {size}",
+        *interval(found["bars"][0], 3), source(path, found),
+    )  # fmt: skip
+
+
 def study(folder: Path) -> Iterator[Row]:
     """The contrasts of the direction study, once its confirmation has run."""
     sys.path.insert(0, str(folder))
@@ -80,6 +90,8 @@ def table() -> str:
         rows += step_cost(path)
     for path in sorted(results.glob("throughput_*.json")):
         rows += throughput(path)
+    for path in sorted(results.glob("surface_cost_*.json")):
+        rows += surface(path)
     rows += study(ROOT / "results" / "direction-study")
     head = [("measured", "value", "95 % interval", "file and command"), ("---",) * 4]
     return "\n".join("| " + " | ".join(row) + " |" for row in (*head, *rows))

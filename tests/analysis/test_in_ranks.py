@@ -17,7 +17,7 @@ from s2sam.analysis.ranks import LostRankError, Ranks
 from s2sam.analysis.sharpness import SharpnessSettings
 from s2sam.analysis.sharpness_run import Task, carry_out
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]  # processes import torch first, on a busy machine too
 
 
 def task(make_generator, *, masks=None, **settings):

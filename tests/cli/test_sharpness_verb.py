@@ -78,6 +78,7 @@ def test_the_loss_is_that_of_eval_and_train_loss_is_there_on_any_split(runs, tmp
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)  # three imports of torch, on a machine that may be busy
 def test_two_processes_find_what_one_finds(runs, tmp_path, capsys, undrawn):
     argv = [str(runs / "rigl"), *QUICK, "--batch", "15", "--split", "test", "--precision", "fp64"]
     argv += ["--json", "--out", str(tmp_path)]

@@ -102,7 +102,7 @@ def _costs(rows: Sequence[Row], table: Table, height: float) -> Figure:
         text = axes.text(
             0,
             -place + 0.22,
-            f"{shorten(row.arm.name, 34)}: {milliseconds:.2g} ms{ratio}",
+            f"{shorten(row.arm.name, 34)}: {milliseconds:.3g} ms{ratio}",
             va="bottom",
             color=INK,
             fontsize=8.5,
