@@ -126,7 +126,7 @@ class MethodArm:
     def _go(self, *, due: bool) -> bool:
         if self._never[due]:
             return False
-        for t in range(self.t + 1, TOTAL + 1):
+        for t in range(self.t + 1, TOTAL):  # the last step of a training changes nothing, whatever the method
             if self.sparsifier.due(self.part, t) == due:
                 self.t, self.part.step = t, t - 1
                 return True

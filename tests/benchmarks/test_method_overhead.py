@@ -186,7 +186,10 @@ def test_the_networks_of_a_real_run():
     assert (options.image, options.batch, options.methods) == (64, 64, NAMES)
     assert method_overhead.parse(["--device", "cuda"]).image == 224
     with torch.device("meta"):
-        made = {name: (x.shape, make) for name, make, (x, _) in method_overhead.networks(options, torch.device("meta"))}
+        found = list(method_overhead.networks(options, torch.device("meta")))
+    made = {name: (x.shape, make) for name, make, (x, _), _ in found}
+    steps = {name: full and full[0].shape for name, _, _, full in found}
     assert made["resnet32"][0] == (128, 3, 32, 32)
     assert made["resnet50"][0] == (64, 3, 64, 64)
+    assert steps == {"resnet32": None, "resnet50": (64, 3, 224, 224)}
     assert sum(p.numel() for p in made["resnet50"][1]().parameters()) == 25_557_032
