@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -67,4 +68,19 @@ def sparsify(
         init=init,
         **method_options,
     )
+    if init and (idle := _idle(made)):
+        warnings.warn(idle, stacklevel=2)
     return made
+
+
+def _idle(made: Sparsifier) -> str | None:
+    """What to say of a training that ends before `delta_t` has come once; the defaults are those of long trainings."""
+    interval, steps = getattr(made.options, "delta_t", None), made.total_steps
+    if not interval or not steps:
+        return None
+    if any(made.due(part, t) for part in made.parts for t in range(interval, steps, interval)):
+        return None
+    return (
+        f"method {made.method!r} with delta_t={interval} changes no mask on its way through {steps} steps; give a "
+        f"smaller delta_t, for instance {max(1, steps // 25)}"
+    )

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,28 @@ def test_a_refused_call_changes_no_weight_and_hooks_nothing():
 def test_batches_that_a_method_does_not_use_are_named():
     with pytest.warns(UserWarning, match="method 'static' does not use batches"):
         call(batches=[])
+
+
+@pytest.mark.parametrize(
+    ("kw", "told"),
+    [
+        ({"method": "rigl-itop", "total_steps": 750}, "delta_t=4000 changes no mask on its way through 750 steps"),
+        ({"method": "rigl", "total_steps": 100, "delta_t": 100}, "for instance 4"),  # never in the last
+        ({"method": "rigl", "total_steps": 100, "delta_t": 80}, "delta_t=80"),  # beyond t_end
+        ({"method": "gmp", "total_steps": 10, "delta_t": 20}, "delta_t=20"),  # prunes at one blow
+        ({"method": "rigl", "total_steps": 100, "delta_t": 37}, None),
+        ({"method": "rigl", "total_steps": 100, "delta_t": 100, "init": False}, None),  # a resumed one was told
+        ({"method": "set"}, None),
+        ({"method": "static", "total_steps": 10}, None),
+        ({"method": "ac-dc", "total_steps": 10}, None),
+    ],
+)
+def test_a_delta_t_beyond_the_training_is_told(kw, told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(**kw)
+    assert len(caught) == (told is not None)
+    assert all(told in str(w.message) for w in caught)
 
 
 def test_a_method_of_your_own_is_a_class():
