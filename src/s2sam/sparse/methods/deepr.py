@@ -87,14 +87,17 @@ class DeepR(Sparsifier):
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """What is not 0, and random others."""
         masks, weights = part.layers.masks, part.layers.weights
-        alive = counts({name: mask & (weights[name] != 0) for name, mask in masks.items()})
+        stay = {name: mask & (weights[name] != 0) for name, mask in masks.items()}
+        alive = counts(stay)
         changed = {}
         for name, mask in masks.items():
-            n = min(part.kept[name] - alive[name], mask.numel() - part.kept[name])
+            dead, dormant = part.kept[name] - alive[name], mask.numel() - part.kept[name]
+            if not dead or not dormant:
+                continue
+            if dead > dormant:  # the first of the dead keep their places
+                stay[name] = topk_mask(stay[name].float().masked_fill(~mask, -torch.inf), part.kept[name] - dormant)
             draw = scores.random(weights[name], self.generator)
-            if n:
-                size = (weights[name] != 0).float().masked_fill(~mask, -torch.inf)
-                changed[name] = add(topk_mask(size, part.kept[name] - n, check=False), draw, n, taken=mask)
+            changed[name] = add(stay[name], draw, min(dead, dormant), taken=mask)
         return changed
 
     def extra_state(self) -> dict[str, Any]:
