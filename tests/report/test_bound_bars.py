@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from s2sam.analysis.plain_json import finite
 from s2sam.report.bound_bars import PARTS, TITLES, bars, draw_bars
-from s2sam.report.bound_plots import finite
 
 NAMES = tuple(TITLES)
 

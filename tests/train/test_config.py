@@ -233,6 +233,8 @@ def test_a_layer_map_is_a_distribution(tmp_path):
     ("argv", "sentence"),
     [
         (["--sparsty", "0.9"], "unknown key 'sparsty' among the flags; did you mean 'sparsity'?"),
+        (["--overwrit"], "unknown key 'overwrit' among the flags; did you mean 'overwrite'?"),
+        (["--confg", "digits"], "unknown key 'confg' among the flags; did you mean 'config'?"),
         (["--weight-decay", "0.9"], "did you mean 'optim.weight_decay'?"),
         (["--sam.scal", "norm"], "did you mean 'sam.scale'?"),
         (["--xyzzy", "1"], "`s2sam train --help` lists all"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -83,6 +82,7 @@ def _runs(args: argparse.Namespace, command: str) -> int:
 
     from s2sam.analysis.bound_run import ProbeSettings, check_common, measure_run
     from s2sam.analysis.bound_words import sentences
+    from s2sam.analysis.plain_json import to_json
     from s2sam.cli.surface import labels, progress
     from s2sam.report.bound_bars import draw_bars
     from s2sam.report.bound_plots import make_folder
@@ -116,13 +116,13 @@ def _runs(args: argparse.Namespace, command: str) -> int:
             )
             result |= {"command": command, **environment(torch.device("cpu"))}
             paths.append(folder / "bound.json")
-            write_text(paths[-1], _text(result))
+            write_text(paths[-1], to_json(result, indent=1) + "\n")
             results.append(result)
     paths.append(args.out / "bounds.json")
-    write_text(paths[-1], _text([{k: v for k, v in r.items() if k != "probes"} for r in results]))
+    write_text(paths[-1], to_json([{k: v for k, v in r.items() if k != "probes"} for r in results], indent=1) + "\n")
     paths += draw_bars(results, args.out / "bounds")
     if args.json:
-        print(_text(results), end="")
+        print(to_json(results, indent=1))
     else:
         _tables(results)
         for line in sentences(results):
@@ -130,12 +130,6 @@ def _runs(args: argparse.Namespace, command: str) -> int:
     for path in paths:
         console.print(str(path), markup=False, soft_wrap=True)
     return 0
-
-
-def _text(found: Any) -> str:
-    from s2sam.report.bound_plots import finite
-
-    return json.dumps(finite(found), indent=1, allow_nan=False) + "\n"
 
 
 def _tables(results: Sequence[Mapping[str, Any]]) -> None:

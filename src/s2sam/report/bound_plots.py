@@ -15,6 +15,7 @@ import numpy as np
 from s2sam.analysis.bound import ASSUMPTIONS
 from s2sam.analysis.bound_check import Check
 from s2sam.analysis.bound_suite import Suite
+from s2sam.analysis.plain_json import finite
 from s2sam.analysis.stability import METHODS, root_radius
 from s2sam.report.svg import PALETTE
 from s2sam.train.atomic import atomic, write_text
@@ -190,16 +191,3 @@ def panels_of(panels: int, *, width: float, height: float) -> tuple[Figure, Sequ
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
-
-
-def finite(value: Any) -> Any:
-    """Plain values in which numbers that JSON does not have are None.
-
-    >>> finite({"a": [1.0, math.inf], "b": (math.nan, 2)})
-    {'a': [1.0, None], 'b': [None, 2]}
-    """
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

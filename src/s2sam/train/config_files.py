@@ -147,9 +147,12 @@ def known_keys(cls: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
             yield from known_keys(type(default), key + ".")
 
 
-def check_key(key: str, where: str) -> None:
-    """Raise ValueError, naming the nearest key, unless `key` (dotted, with underscores) is one of a configuration."""
-    known = list(known_keys())
+def check_key(key: str, where: str, more: Sequence[str] = ()) -> None:
+    """Raise ValueError, naming the nearest key, unless `key` (dotted, with underscores) is one of a configuration.
+
+    `more` are others that could be meant.
+    """
+    known = [*known_keys(), *more]
     if key in known or any(key.startswith(group + ".") for group in _NESTED):
         return
     leaf = {k.rpartition(".")[2]: k for k in known}
@@ -181,7 +184,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif key in ("help", *SWITCHES):
             flags.append("--" + key + equals + value)
         else:
-            check_key(key, "among the flags")
+            check_key(key, "among the flags", ("config", "help", *SWITCHES))
             if _inner(key):
                 raise ValueError(f"--{key} is a group of settings, as in --{key}.{_inner(key)[0]} VALUE")
             flags.append("--" + key + equals + value)
