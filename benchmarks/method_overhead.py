@@ -1,6 +1,6 @@
 """What does each sparse training method cost in a step, and what does a change of its topology, against dense SGD?
 
-    python benchmarks/method_overhead.py                  # this machine's CPU, half an hour; writes results/*.json
+    python benchmarks/method_overhead.py --rounds 7       # this machine's CPU, half an hour; writes results/*.json
     python benchmarks/method_overhead.py --device cuda
     python benchmarks/method_overhead.py --methods rigl set --networks resnet32
     python benchmarks/method_overhead.py --quick          # a smoke test: tiny, its timings mean nothing
