@@ -134,6 +134,14 @@ def test_attention_scores_have_no_weight_and_stay_dense() -> None:
     }
 
 
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_recurrent_layers_are_counted_however_they_are_fused(kind: type[nn.Module], gates: int) -> None:
+    enabled = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    macs = count_macs(kind(8, 6, batch_first=True), torch.zeros(1, 4, 8))
+    assert macs == {"weight_ih_l0": 4 * gates * 6 * 8, "weight_hh_l0": 4 * gates * 6 * 6}
+    assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == enabled
+
+
 def test_meta_models_cost_no_memory() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))

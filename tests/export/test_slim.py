@@ -267,8 +267,52 @@ def test_modules_that_count_their_channels_are_refused():
         sparsify(net, o, method=Half, sparsity=0.5, batches=[(torch.zeros(2, 4), None)])
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer with something of its own."""
+
+    def __init__(self, params, kept):
+        super().__init__(params, lr=0.1)
+        self.kept, self.calls = kept, 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure)
+
+
+def test_numbers_of_an_optimizer_of_its_own_are_carried_and_tensors_refused():
+    net, x = build("mlp")
+    o = Counting(net.parameters(), kept="all")
+    torch.optim.lr_scheduler.StepLR(o, 1)  # wraps step() of this instance
+    s = sparsify(net, o, method=Half, sparsity=0.5, batches=[(x, None)])
+    train(net, o, x, steps=2)
+    small = slim(net, s, x, o)
+    assert (small.optimizer.kept, small.optimizer.calls) == ("all", 2)
+    before = small.model.classifier.weight.detach().clone()
+    train(small.model, small.optimizer, x)
+    assert (small.optimizer.calls, o.calls) == (3, 2)
+    assert not torch.equal(small.model.classifier.weight, before)
+    o.kept = [torch.zeros(3)]
+    with pytest.raises(ValueError, match="Counting keeps 'kept' beside its state"):
+        slim(net, s, x, o)
+
+
+def test_the_weights_of_an_open_window_are_not_what_is_cut():
+    net, x = build("mlp")
+    o = OPTIMIZERS["sgd"](net.parameters())
+    s = sparsify(net, o, method=Half, sparsity=0.5, batches=[(x, None)])
+    S2SAM(o, model=net, rho=1.0)
+    train(net, o, x, steps=2)
+    clean = dict(slim(net, s).model.named_parameters())
+    net.train()
+    net(x)  # opens the window
+    assert not torch.equal(net.classifier.bias, clean["classifier.bias"])
+    assert all(torch.equal(p, clean[name]) for name, p in slim(net, s).model.named_parameters())
+
+
 def test_bad_input():
     net, x = build("mlp")
+    with pytest.raises(ValueError, match="carries one optimizer, got list"):
+        slim(net, None, x, [OPTIMIZERS["sgd"](net.parameters())])
     with pytest.raises(ValueError, match="needs example_input="):
         slim(net)
     with pytest.raises(ValueError, match=r"has shape \(2, 2\), the model has \(4, 26\)"):

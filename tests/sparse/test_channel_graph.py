@@ -158,6 +158,31 @@ class Functional(nn.Module):
         return self.fc(F.relu(self.c(F.linear(self.a(x), self.b.weight))))
 
 
+class Recurrent(nn.Module):
+    """Features go on into an LSTM, whose columns the library cannot map."""
+
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.a, self.rnn = nn.Linear(4, 8), kind(8, 6, batch_first=True)
+        self.b, self.fc = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.b(self.rnn(F.relu(self.a(x[:, None])))[0][:, -1])))
+
+
+class HeadForTraining(nn.Module):
+    """What `a` makes is read by a head that runs in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc, self.aux = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        y = self.fc(F.relu(F.dropout(self.b(x), 0.5, self.training)))
+        return (y, self.aux(x)) if self.training else y
+
+
 def tied():
     net = nn.Sequential(
         nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
@@ -173,6 +198,9 @@ REFUSED = {
     "two heads": (TwoHeads, (4,), {"a": "computes something else"}),
     "twice": (Twice, (4,), {"a": "is called 2 times", "b": "is called 2 times"}),
     "normed": (Normed, (4,), {"a": "is a LayerNorm, whose channels cannot be cut"}),
+    "lstm": (Recurrent, (4,), {"a": "LSTM, whose channels cannot be cut"}),
+    "gru": (lambda: Recurrent(nn.GRU), (4,), {"a": "meets a parameter of no layer"}),
+    "head for training": (HeadForTraining, (4,), {"a": "computes something else"}),
     "tied": (tied, (4,), {"0": "shares a parameter", "2": "shares a parameter"}),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 2), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)),
@@ -196,6 +224,16 @@ def test_what_cannot_be_cut_stays_dense_and_says_why(case):
     assert {g.size for g in found.groups} == (set() if case == "shifted" else {5})
     for name, reason in reasons.items():
         assert reason in found.dense[name]
+
+
+def test_models_that_are_random_or_do_not_run_in_training_mode_are_proved_in_eval_mode():
+    for behind in (nn.Dropout(0.5), nn.RReLU()):
+        assert [g.size for g in find(nn.Sequential(nn.Linear(4, 6), behind, nn.Linear(6, 2)), 4).groups] == [6]
+    one = torch.zeros(1, 4), None  # BatchNorm refuses a single value
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    state = torch.get_rng_state()
+    assert [g.size for g in channel_groups(net, one).groups] == [6]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_functional_calls_do_not_break_what_is_found():

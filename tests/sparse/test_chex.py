@@ -15,7 +15,7 @@ pytest.importorskip("torch_pruning")
 from channel_nets import build
 from sparse_support import generator
 
-from s2sam import S2SAM, sparsify
+from s2sam import S2SAM, SAM, sparsify
 from s2sam.export.slim import slim
 from s2sam.sparse.leverage import leverage
 
@@ -226,6 +226,36 @@ def test_s2sam_displaces_active_channels_alone(direction):
     assert sam.stats["displacement"] == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("sharpness", [S2SAM, SAM])
+def test_a_frozen_or_twice_stepped_run_displaces_active_channels_alone(sharpness):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 5))  # its reader is no prunable weight
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(16, 6, generator=g), torch.randint(0, 5, (16,), generator=g)
+    o, s = make(net, x, exclude="2", delta_t=2)
+    sam = sharpness(o, model=net, rho=0.5)
+    seen = []
+
+    def loss():
+        o.zero_grad()
+        value = F.cross_entropy(net(x), y)
+        seen.append([p.detach().clone() for p in net.parameters()])
+        value.backward()
+        return value
+
+    for t in range(6):
+        if t == 3:
+            s.freeze()
+        before = [p.detach().clone() for p in net.parameters()]
+        masks = [mask.clone() for mask in s_all_masks(s, net)]
+        seen.clear()
+        o.step(loss) if sharpness is SAM else (loss(), o.step())
+        moved = max(float((p - b).norm()) for p, b in zip(seen[-1], before, strict=True))
+        assert (moved > 0.1) == (t > 0 or sharpness is SAM)
+        assert all(not p[~mask].any() for p, mask in zip(seen[-1], masks, strict=True))
+    assert s.channel_sparsity() > 0.2
+    sam.remove()
+
+
 def s_all_masks(s, net):
     from s2sam.sparse.channels import masks_of
 
@@ -297,6 +327,8 @@ def test_a_shape_is_as_good_as_a_batch():
         ({"delta_t": 0}, "delta_t must be"),
         ({"min_channels": 0}, "min_channels must be"),
         ({"input_shape": 3}, "input_shape must be a list"),
+        ({"input_shape": (8.5,)}, "each number of input_shape must be a whole number"),
+        ({"batches": 3}, "batches must be a list or a loader"),
         ({"regrow": 2}, "regrow must be"),
         ({"regrew": 0.2}, "unknown option of method 'chex': 'regrew'; did you mean 'regrow'"),
     ],

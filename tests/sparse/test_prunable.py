@@ -111,3 +111,10 @@ def test_wrappers_do_not_change_names():
 def test_lazy_modules_must_have_run():
     with pytest.raises(ValueError, match="run the model once"):
         discover(nn.LazyLinear(3))
+
+
+def test_a_layer_whose_class_has_norm_in_its_name_is_a_layer():
+    class NormedLinear(nn.Linear):
+        pass
+
+    assert prunable(nn.Sequential(NormedLinear(4, 8), nn.LayerNorm(8))) == ["0.weight"]

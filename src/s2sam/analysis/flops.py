@@ -239,11 +239,16 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, without fused attention, which no formula counts; all is put back, exceptions included."""
+    """Eval mode inside, without fused attention and recurrence, which no formula counts.
+
+    All is put back, exceptions included.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fused = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    libraries = [(one, one.set_flags(False)[0]) for one in (torch.backends.mkldnn, torch.backends.cudnn) if recurrent]
     with torch.random.fork_rng(devices=cuda):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
@@ -252,6 +257,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+            for library, enabled in libraries:
+                library.set_flags(enabled)
             for module, training in modes:
                 module.training = training
             with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import step_hooks
+from s2sam.hooks import StepHooks, step_hooks
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.channel_cut import Rows, cut, cut_tensor
 from s2sam.sparse.channel_graph import channel_groups
@@ -69,7 +69,8 @@ def slim(
         optimizer: that of the parameters.
 
     Raises:
-        ValueError: no example input where one is needed, masks of other shapes, the extra `structured` is missing.
+        ValueError: no example input where one is needed, masks of other shapes, the extra `structured` is missing,
+            several optimizers, or one that keeps more than numbers beside its state.
         RuntimeError: the slim network computes something else (a model that depends on the number of its channels).
 
     Cost: a copy of the model; with an example input a traced pass (unless structured) and two more.
@@ -85,12 +86,17 @@ def slim(
       (2): Linear(in_features=2, out_features=2, bias=True)
     )
     """
+    if not isinstance(optimizer, Optimizer | None):
+        raise ValueError(f"slim() carries one optimizer, got {type(optimizer).__name__}; make new ones for the result")
     inner = unwrap(model)
-    sharpness: Any = step_hooks(optimizer).sharpness if optimizer is not None else None
+    held = [optimizer] if optimizer is not None else source.optimizers if isinstance(source, Sparsifier) else []
+    windows: list[Any] = [step_hooks(one).sharpness for one in held]
     masks = source.masks if isinstance(source, Sparsifier) else dict(source or {})
-    if optimizer is not None and sharpness is None:
+    if optimizer is not None and windows == [None]:
         step_hooks(optimizer).retire()
-    with nullcontext() if sharpness is None else sharpness.clean():
+    with ExitStack() as clean:
+        for sharpness in {id(one): one for one in windows if one is not None}.values():
+            clean.enter_context(sharpness.clean())
         masked = copy.deepcopy(inner)
     masked.eval()
     for p in masked.parameters():
@@ -205,6 +211,17 @@ def _carry(optimizer: Optimizer, old: nn.Module, new: nn.Module, alive: Rows) ->
         for group in optimizer.param_groups
     ]
     carried.load_state_dict(saved)
+    for key, value in vars(optimizer).items():  # copy.copy() leaves out what a subclass of Optimizer has of its own
+        if (
+            key in vars(carried) or isinstance(value, StepHooks) or key == "step"
+        ):  # a scheduler puts its own step() there
+            continue
+        if not isinstance(value, int | float | str | None):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} beside its state, which slim() cannot cut; leave out "
+                "optimizer= and make a new one for the result"
+            )
+        setattr(carried, key, value)
     return carried
 
 

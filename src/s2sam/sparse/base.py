@@ -165,6 +165,9 @@ class Sparsifier(Measures):
     def look(self, part: Part) -> None:
         """See the gradients of the step to come, before those of pruned weights become 0. Default: nothing."""
 
+    def mask_more(self) -> None:
+        """Mask the gradients of what goes with the weights, whenever theirs are masked. Default: nothing."""
+
     def moved(self, part: Part, context: StepContext) -> None:
         """Do more to the weights after the optimizer's step, before pruned ones become 0. Default: nothing."""
 

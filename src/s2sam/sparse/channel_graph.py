@@ -110,7 +110,13 @@ def _trace(library: Any, twin: nn.Module, example: Batch) -> tuple[list[tuple[At
             continue
         root, pruner = names[id(module)], graph.get_pruner_of_module(module)
         n = pruner.get_out_channels(module)
-        for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(n))):
+        try:
+            items = list(graph.get_pruning_group(module, pruner.prune_out_channels, list(range(n))))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
+            items = []  # a layer behind it whose columns the library cannot map, such as an LSTM
+            bad.update({(root, OUT, i): "its channels cannot be followed through the model" for i in range(n)})
+            pairs += [((root, OUT, i), (root, OUT, i)) for i in range(n)]
+        for item in items:
             target, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
             if type(target).__name__ == "_OutputOp":
                 bad.update({(root, OUT, i): _OUTPUT for i in item.root_idxs})

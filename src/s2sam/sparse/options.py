@@ -29,6 +29,12 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
+def check_batches(value: Any) -> None:
+    """Raise ValueError unless `value` is None or something to iterate over."""
+    if not hasattr(value, "__iter__") and value is not None:
+        raise ValueError(f"batches must be a list or a loader of (input, target) pairs, got {type(value).__name__}")
+
+
 def check_list(name: str, value: Any, example: str) -> None:
     """Raise ValueError unless `value` is a list or a tuple that holds something."""
     if not isinstance(value, (list, tuple)) or not value:

@@ -67,6 +67,7 @@ class Part:
         """The gradients of pruned weights become 0, now."""
         self.layers.follow_device()
         self.layers.apply_to_gradients()
+        self.owner.mask_more()
 
     def in_groups(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, weight and the optimizer's group of each layer."""
@@ -115,7 +116,7 @@ class Part:
         else:
             if not self._shown and not context.skip:
                 self.show_gradients()
-            self.layers.apply_to_gradients()
+            self.mask_gradients()
         self._shown = False
 
     def _remask(self, context: StepContext) -> None:

@@ -119,7 +119,7 @@ def _reason(name: str, module: nn.Module, parameter: Tensor, owners: list[nn.Mod
         return "embedding" if all(isinstance(owner, _EMBEDDINGS) for owner in owners) else "tied to an embedding"
     if name.rpartition(".")[2] == "bias" and parameter.dim() == 1:
         return "bias"
-    if "Norm" in kind:
+    if "Norm" in kind and not isinstance(module, _LAYERS):
         return f"normalisation ({kind})"
     if not isinstance(module, _LAYERS):
         return f"a parameter of {kind}, which is neither Conv1d/2d/3d nor Linear"

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.names import unknown
-from s2sam.sparse.options import check_whole
+from s2sam.sparse.options import check_batches, check_whole
 from s2sam.sparse.prunable import unwrap
 
 BN_MODES = ("train", "eval")
@@ -72,10 +72,7 @@ class Saliency(Sparsifier):
 
     def check_options(self) -> None:
         """Batches and loss that cannot be any."""
-        if not hasattr(self.batches, "__iter__") and self.batches is not None:
-            raise ValueError(
-                f"batches must be a list or a loader of (input, target) pairs, got {type(self.batches).__name__}"
-            )
+        check_batches(self.batches)
         if not callable(self.loss_fn) and self.loss_fn is not None:
             raise ValueError(f"loss_fn must be a function of output and target, got {type(self.loss_fn).__name__}")
 

@@ -23,7 +23,7 @@ from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.channel_graph import channel_groups
 from s2sam.sparse.channels import ChannelGroup, Channels, masks_of, touched
 from s2sam.sparse.masks import MaskSet, pack_bits, unpack_bits
-from s2sam.sparse.options import check_list, check_whole
+from s2sam.sparse.options import check_batches, check_list, check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import unwrap
 
@@ -39,6 +39,8 @@ class ChannelOptions:
         check_whole("min_channels", self.min_channels)
         if self.input_shape is not None:
             check_list("input_shape", self.input_shape, "(3, 32, 32)")
+            for side in self.input_shape:
+                check_whole("each number of input_shape", side)
 
 
 class Structured(Sparsifier):
@@ -93,6 +95,7 @@ class Structured(Sparsifier):
         if self.options.input_shape is not None:
             some = next(iter(self.weights.values()))
             return torch.zeros(2, *self.options.input_shape, device=some.device), None
+        check_batches(self.batches)
         first = next(iter(self.batches or ()), None)
         if first is None:
             raise ValueError(
@@ -156,7 +159,8 @@ class Structured(Sparsifier):
             if optimizer is not None:
                 riders.apply_to_state(optimizer, both)
 
-    def look(self, part: Part) -> None:
+    @torch.no_grad()
+    def mask_more(self) -> None:
         """Mask the gradients of what rides along."""
         for _, riders in self.riders:
             riders.follow_device()

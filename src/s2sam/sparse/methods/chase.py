@@ -133,11 +133,6 @@ class Chase(GrowByGradient, Structured):
         over = sum(part.kept.values()) > self.allowed(t) or self.done < bisect_right(self.grid, t)
         return over or self.on_grid(t)
 
-    def look(self, part: Part) -> None:
-        """Keep |dL/dw| if the step is due."""
-        GrowByGradient.look(self, part)
-        Structured.look(self, part)
-
     # -- a change ---------------------------------------------------------------------------------------------------
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class DeepR(Sparsifier):
     0, not 1e-12, and that momentum is cleared where the mask changes.
 
     Defaults are for CIFAR and ImageNet alike. Cost: one byte per weight for s; a step draws a number per active weight
-    if T > 0, and with delta_t=1 ranks each layer twice and reads the device.
+    if T > 0, and with delta_t=1 reads the device, draws for each weight of a layer that lost some, and ranks the draws.
 
     Raises:
         ValueError: several temperatures and no total_steps.
