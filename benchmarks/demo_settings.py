@@ -1,6 +1,6 @@
 """Which learning rate and weight decay suit plain SGD in `s2sam demo`? The answer that its recipe was chosen by.
 
-    python benchmarks/demo_settings.py      # minutes; writes benchmarks/results/demo_settings.json
+    python benchmarks/demo_settings.py      # minutes; writes benchmarks/results/demo_settings.json (not committed)
 
 Mean validation accuracy (never test accuracy) over the dense, the static and the RigL network and over seeds that the
 demo does not use. S2-SAM and SAM are not in it: the demo gives them what suits plain SGD.

@@ -1,4 +1,4 @@
-"""s2sam: sparse training that generalises, at the price of plain SGD.
+"""s2sam: single-step sharpness-aware minimization and sparse training for PyTorch, as hooks on an optimizer.
 
 Names are loaded at first use (PEP 562), so `import s2sam` alone loads nothing but the standard library.
 """

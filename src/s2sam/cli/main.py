@@ -31,7 +31,7 @@ VERBS = (
 )  # fmt: skip
 USAGE = """usage: s2sam VERB [options]
 
-Sparse training that generalises, at the price of plain SGD.
+Single-step sharpness-aware minimization (S2-SAM) and sparse training for PyTorch.
 
 verbs:
 {verbs}
