@@ -76,7 +76,7 @@ def sparsify(
 def _idle(made: Sparsifier) -> str | None:
     """What to say of a training that ends before `delta_t` has come once; the defaults are those of long trainings."""
     interval, steps = getattr(made.options, "delta_t", None), made.total_steps
-    if not interval or not steps:
+    if not interval or interval == 1 or not steps or not made.final_sparsity:
         return None
     if any(made.due(part, t) for part in made.parts for t in range(interval, steps, interval)):
         return None

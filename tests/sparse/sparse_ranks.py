@@ -57,6 +57,29 @@ def broken_ranks_are_noticed(rank: int) -> str:
     return ""
 
 
+def own_generators(rank: int) -> list[torch.Tensor]:
+    """Weights of DeepR, whose noise moves them, where each rank brings a generator of its own."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (info,) = [row for row in list_methods() if row.name == "deepr"]
+    attach(info, net, optimizer, generator=torch.Generator().manual_seed(rank), temperature=(1e-3,))
+    for batch in make_batches(4):
+        one_step(net, optimizer, batch)
+    return [p.detach() for p in net.parameters()]
+
+
+def loaded_on_one_rank(rank: int) -> int:
+    """Steps done where rank 0 alone loads weights between two of them, for instance averaged ones and back."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsifier = attach(list_methods()[0], net, optimizer)
+    for step, batch in enumerate(make_batches(3)):
+        if rank == 0 and step == 1:
+            net.load_state_dict({name: w.clone() for name, w in net.state_dict().items()})
+        one_step(net, optimizer, batch)
+    return sparsifier.step
+
+
 if __name__ == "__main__":
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -73,7 +96,10 @@ if __name__ == "__main__":
         found[f"{method.name}-alone"] = {
             "masks": {name: pack_bits(mask) for name, mask in made.masks.items()},
             "weights": [p.detach() for p in model.parameters()],
+            "backward": {name: pack_bits(mask) for name, mask in getattr(made, "backward", {}).items()},
         }
+    found["own generators"] = own_generators(rank)
+    found["loaded"] = loaded_on_one_rank(rank)
     found["broken"] = broken_ranks_are_noticed(rank)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()

@@ -62,6 +62,22 @@ def test_masks_are_rank_0s_even_where_gradients_are_not_averaged(info, ranks):
     assert all(torch.equal(one["masks"][name], two["masks"][name]) for name in one["masks"])
 
 
+def test_top_kasts_second_set_is_rank_0s_before_ddp_shares_the_weights(ranks):
+    # nothing is averaged here, so that each rank would choose another one
+    one, two = (rank["top-kast-alone"]["backward"] for rank in ranks)
+    assert one.keys() == two.keys() != set()
+    assert all(torch.equal(mask, two[name]) for name, mask in one.items())
+
+
+def test_generators_of_ranks_take_over_rank_0s_state(ranks):
+    one, two = (rank["own generators"] for rank in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_rank_may_load_weights_alone(ranks):
+    assert [rank["loaded"] for rank in ranks] == [3, 3]
+
+
 def test_ranks_that_disagree_are_named(ranks):
     assert all("the masks of ranks [1] differ from rank 0's" in rank["broken"] for rank in ranks)
 

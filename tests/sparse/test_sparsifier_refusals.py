@@ -103,6 +103,7 @@ def test_batches_that_a_method_does_not_use_are_named():
         ({"method": "rigl", "total_steps": 100, "delta_t": 37}, None),
         ({"method": "rigl", "total_steps": 100, "delta_t": 100, "init": False}, None),  # a resumed one was told
         ({"method": "set"}, None),
+        ({"method": "rigl", "total_steps": 100, "sparsity": 0.0}, None),  # there is nothing to exchange
         ({"method": "static", "total_steps": 10}, None),
         ({"method": "ac-dc", "total_steps": 10}, None),
     ],

@@ -10,7 +10,6 @@ What happens in a step is told in `part.py`. A method is a subclass, of `DropGro
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,7 +25,7 @@ from s2sam.sparse.budget import Distribution, counts, descend
 from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
-from s2sam.sparse.options import NoOptions
+from s2sam.sparse.options import NoOptions, check_steps
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import Entry, Patterns, discover, in_optimizers
 from s2sam.sparse.topk import choose
@@ -54,7 +53,8 @@ class Sparsifier(Measures):
         power_scale: exponent of "erk".
         total_steps: calls of `optimizer.step()` in the whole training, for methods with a schedule.
         batches, loss_fn: data and loss, for methods that score weights with them.
-        generator: a CPU `torch.Generator` for all draws; by default a new one with rank 0's `torch.initial_seed()`.
+        generator: a CPU `torch.Generator` for all draws, which takes over the state of rank 0's; by default a new one
+            with rank 0's `torch.initial_seed()`.
         include, exclude: patterns, see :func:`s2sam.sparse.prunable.discover`.
         init: False leaves weights alone and expects :meth:`load_state_dict` before the first step.
         options: the method's own.
@@ -90,7 +90,7 @@ class Sparsifier(Measures):
         **options: Any,
     ) -> None:
         self.options: Any = self._read_options(options)
-        self.total_steps = _check_steps(total_steps)
+        self.total_steps = check_steps(total_steps)
         self.batches, self.loss_fn = batches, loss_fn
         if batches is not None and not self.needs_batches:
             warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
@@ -108,7 +108,8 @@ class Sparsifier(Measures):
         self.entries = self.eligible(in_optimizers(discover(model, include, exclude), optimizers))
         self.weights = {e.name: e.parameter for e in self.entries if e.prunable}  #: the prunable ones
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
-        self._ready, self._unchecked = init, True
+        sync.share(self.generator)
+        self._ready, self._unchecked, self._unshared = init, True, True
         try:
             self.parts = self._split(optimizers)
             self.check_options()
@@ -239,8 +240,15 @@ class Sparsifier(Measures):
             part.apply()
 
     def verify(self) -> None:
-        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks."""
-        self._require_masks()
+        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks; for all ranks."""
+        self.check_fit()
+        sync.check_same(self.masks)
+
+    def check_fit(self) -> None:
+        """Raise RuntimeError if there are no masks, or a pruned weight is not exactly 0. Asks no other rank."""
+        self.require_masks()
+        for part in self.parts:
+            part.layers.follow_device()
         wrong = [name for part in self.parts for name in part.layers.misfits()]
         if wrong:
             raise RuntimeError(
@@ -248,7 +256,6 @@ class Sparsifier(Measures):
                 f"({', '.join(wrong[:3])}); load the weights and the sparsifier's state from one checkpoint, or call "
                 "sparsifier.apply() to prune the weights that are there"
             )
-        sync.check_same(self.masks)
 
     def missed_step(self, optimizer: Optimizer | None = None) -> None:
         """Count a step that never reached `optimizer.step()` (of that one; None = of all); nothing else happens.
@@ -315,15 +322,18 @@ class Sparsifier(Measures):
             ValueError: the state is of another method, model or format, or damaged.
         """
         state.load(self, saved)
-        self._ready, self._unchecked = True, True
+        self._ready, self._unchecked, self._unshared = True, True, True
 
     # -- what a part calls ------------------------------------------------------------------------------------------
 
     def check_ready(self) -> None:
-        """Before a step: there are masks, and (once after init or load) the weights fit them."""
+        """Before a step, once after weights or masks were loaded: they fit. One rank may load weights alone."""
         if self._unchecked:
-            self.verify()
+            self.check_fit()
             self._unchecked = False
+        if self._unshared:
+            sync.check_same(self.masks)
+            self._unshared = False
 
     def change_topology(self, part: Part) -> None:
         """Replace the part's masks by :meth:`next_masks`, the same on every rank, and clear what is left behind."""
@@ -372,19 +382,11 @@ class Sparsifier(Measures):
         for part in self.parts:
             part.kept = part.layers.kept()
 
-    def _require_masks(self) -> None:
+    def require_masks(self) -> None:
+        """Raise RuntimeError if there are no masks yet."""
         if not self._ready:
             raise RuntimeError("init=False: load the masks with sparsifier.load_state_dict(...) before the first step")
 
 
 def _weights_loaded(sparsifier: Sparsifier, module: nn.Module, *args: Any) -> None:
     sparsifier._unchecked = True  # the next step looks whether they fit the masks
-
-
-def _check_steps(total_steps: int | None) -> int | None:
-    if total_steps is None:
-        return None
-    real = isinstance(total_steps, numbers.Real) and not isinstance(total_steps, bool)
-    if not real or total_steps % 1 or total_steps < 1:
-        raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
-    return int(total_steps)

@@ -89,7 +89,8 @@ class DropGrow(Sparsifier):
         """Every `delta_t` steps up to the end, but not in the last one, if there is something to exchange."""
         if t > self.last_step or not self.on_grid(t):
             return False
-        return any(self.drop_count(part, name, t) for name in part.layers.masks)
+        places = [name for name, w in part.layers.weights.items() if part.kept[name] < w.numel()]
+        return bool(places) and any(self.drop_count(part, name, t) for name in part.layers.masks)
 
     def keep(self, part: Part, name: str, n_drop: int) -> tuple[Tensor, int]:
         """The mask without the weights to drop, and how many these are."""

@@ -90,9 +90,9 @@ class NOfM(Sparsifier):
         return n_of_m_mask(scores, self.n, self.options.m)
 
     @torch.no_grad()
-    def verify(self) -> None:
+    def check_fit(self) -> None:
         """And raise RuntimeError if a group has more or fewer than n active weights."""
-        super().verify()
+        super().check_fit()
         wrong = [name for name, mask in self.masks.items() if not is_n_of_m(mask, self.n, self.options.m)]
         if wrong:
             raise RuntimeError(

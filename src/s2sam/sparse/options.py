@@ -39,3 +39,13 @@ def check_list(name: str, value: Any, example: str) -> None:
     """Raise ValueError unless `value` is a list or a tuple that holds something."""
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{name} must be a list such as {example}, got {value!r}")
+
+
+def check_steps(total_steps: int | None) -> int | None:
+    """The length of a training as a whole number; ValueError if it is none."""
+    if total_steps is None:
+        return None
+    real = isinstance(total_steps, numbers.Real) and not isinstance(total_steps, bool)
+    if not real or total_steps % 1 or total_steps < 1:
+        raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
+    return int(total_steps)

@@ -38,6 +38,8 @@ class Part:
         self.step = 0
         self._changing = self._shown = False
         self._handles: list[Handle] = []
+        if any(group.get("eps") == 0 for group in optimizer.param_groups):
+            raise ValueError("eps=0 makes the update of a pruned weight 0 / 0; give the optimizer an eps above 0")
         hooks = step_hooks(optimizer)
         others = [getattr(function, "__self__", None) for function in hooks.gradient_masks]
         taken = {id(w) for other in others if isinstance(other, Part) for w in other.layers.weights.values()}
@@ -83,6 +85,20 @@ class Part:
         if not self.owner.frozen:
             self.owner.look(self)
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Copies of the layers' gradients for a :meth:`Sparsifier.look`: unscaled, 0 where not finite."""
+        scale = getattr(self.optimizer, "grad_scale", None)  # of a GradScaler that leaves unscaling to the optimizer
+        found = {}
+        for name, weight in self.layers.weights.items():
+            if weight.grad is not None:
+                grad = torch.nan_to_num(weight.grad, 0.0, 0.0, 0.0)
+                found[name] = grad if scale is None else grad / scale.to(grad.device)
+        return found
+
+    def resting(self) -> set[str]:
+        """The layers without a gradient in this step: frozen, or in a branch that was not used."""
+        return {name for name, weight in self.layers.weights.items() if weight.grad is None}
+
     def missed(self) -> None:
         """A step that never reached the optimizer: it counts, and what the method saw of its gradients is void."""
         self.step += 1
@@ -108,7 +124,6 @@ class Part:
 
     def _mask(self, context: StepContext) -> None:
         self.owner.check_ready()
-        self.layers.follow_device()
         due = not self.owner.frozen and self.owner.due(self, self.step + 1)
         self._changing = due and not context.nothing_moved() and finite(context.gradients())
         if self._changing and self.owner.placement == "replace":

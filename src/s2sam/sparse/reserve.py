@@ -70,12 +70,9 @@ class Reserve(Sparsifier):
 
     def look(self, part: Part) -> None:
         """Keep the dense gradients until the step is done; a weight without one is left alone, as optimizers do."""
-        scale = getattr(part.optimizer, "grad_scale", None)  # of a GradScaler that leaves unscaling to the optimizer
-        for name, weight in part.layers.weights.items():
+        for name in part.layers.weights:
             self._seen.pop(name, None)
-            if weight.grad is not None:
-                grad = torch.nan_to_num(weight.grad, 0.0, 0.0, 0.0)
-                self._seen[name] = grad if scale is None else grad / scale.to(grad.device)
+        self._seen |= part.gradients()
 
     def moved(self, part: Part, context: StepContext) -> None:
         """Move what is outside the network, unless the step was skipped."""

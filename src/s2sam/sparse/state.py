@@ -23,7 +23,7 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
 
     A snapshot: later steps do not change it. Cost: a copy of what the method keeps besides.
     """
-    sparsifier._require_masks()
+    sparsifier.require_masks()
     return {
         "format": FORMAT,
         "version": VERSION,

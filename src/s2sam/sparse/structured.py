@@ -175,9 +175,11 @@ class Structured(Sparsifier):
         super().apply()
         self._clear_riders()
 
-    def verify(self) -> None:
+    def check_fit(self) -> None:
         """Raise RuntimeError if something of a pruned channel is not exactly 0."""
-        super().verify()
+        super().check_fit()
+        for _, riders in self.riders:
+            riders.follow_device()
         wrong = [name for _, riders in self.riders for name in riders.misfits()]
         if wrong:
             raise RuntimeError(

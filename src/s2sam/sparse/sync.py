@@ -25,6 +25,14 @@ def shared_seed() -> int:
     return seed[0]
 
 
+def share(generator: torch.Generator) -> None:
+    """Give the generator the state of rank 0's."""
+    if world_size() > 1:
+        state = [generator.get_state()]
+        dist.broadcast_object_list(state, src=0)
+        generator.set_state(state[0])
+
+
 @torch.no_grad()
 def broadcast_masks(masks: Mapping[str, Tensor]) -> None:
     """Overwrite the masks with rank 0's, in place. Cost: one broadcast of one byte per weight."""

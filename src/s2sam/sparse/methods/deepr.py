@@ -92,7 +92,7 @@ class DeepR(Sparsifier):
         changed = {}
         for name, mask in masks.items():
             dead, dormant = part.kept[name] - alive[name], mask.numel() - part.kept[name]
-            if not dead or not dormant:
+            if not dead or not dormant or weights[name].grad is None:
                 continue
             if dead > dormant:  # the first of the dead keep their places
                 stay[name] = topk_mask(stay[name].float().masked_fill(~mask, -torch.inf), part.kept[name] - dormant)

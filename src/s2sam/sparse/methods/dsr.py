@@ -86,27 +86,30 @@ class DSR(DropGrow):
     def due(self, part: Part, t: int) -> bool:
         """Every :meth:`interval` steps up to the end, but not in the last one, if there is a free place."""
         on_grid = t % self.interval(t) == 0 and t != self.total_steps
-        return on_grid and t <= self.last_step and any(self._room(part).values())
+        return on_grid and t <= self.last_step and any(self._room(part, part.layers.weights).values())
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Survivors, and random others."""
-        weights, masks, room = part.layers.weights, part.layers.masks, self._room(part)
+        weights, masks = self._live(part), part.layers.masks
+        room = self._room(part, weights)
         size = {name: scores.magnitude(w).masked_fill(~masks[name], -torch.inf) for name, w in weights.items()}
         threshold = self.thresholds[self.parts.index(part)]
         strong = counts({name: s >= threshold for name, s in size.items()})
-        active = sum(part.kept.values())
+        active = sum(part.kept[name] for name in weights)
         n = max(sum(max(1, k) for k in strong.values()), active - sum(room.values()))
         kept = choose(size, n)
         grown = share_out(active - n, counts(kept), room)
         draw = {name: scores.random(w, self.generator) for name, w in weights.items()}
-        return {name: add(kept[name], draw[name], grown[name], taken=mask) for name, mask in masks.items()}
+        return {name: add(kept[name], draw[name], grown[name], taken=masks[name]) for name in weights}
 
     def change_topology(self, part: Part) -> None:
         """And adapt H to how many weights were dropped."""
         super().change_topology(part)
         assert self.last_update is not None
         dropped = sum(self.last_update.dropped.values())
-        aim = min(self.options.drop_fraction * sum(part.kept.values()), sum(self._room(part).values()))
+        live = self._live(part)
+        active = sum(part.kept[name] for name in live)
+        aim = min(self.options.drop_fraction * active, sum(self._room(part, live).values()))
         factor = 0.5 if dropped > 1.1 * aim else 2.0 if dropped < 0.9 * aim else 1.0
         self.thresholds[self.parts.index(part)] *= factor
 
@@ -118,5 +121,10 @@ class DSR(DropGrow):
         """H of each optimizer."""
         self.thresholds = list(extra["thresholds"])
 
-    def _room(self, part: Part) -> dict[str, int]:
-        return {name: w.numel() - part.kept[name] for name, w in part.layers.weights.items()}
+    def _room(self, part: Part, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        return {name: w.numel() - part.kept[name] for name, w in weights.items()}
+
+    def _live(self, part: Part) -> dict[str, Tensor]:
+        """The layers but for those without a gradient, which stay as they are."""
+        rest = part.resting()
+        return {name: w for name, w in part.layers.weights.items() if name not in rest}

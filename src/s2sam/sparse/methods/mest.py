@@ -91,7 +91,8 @@ class MEST(Scheduled):
     Against boone891214/MEST:prune_utils/retrain.py: exact counts; the mask at the start is the largest |w| within
     upper_1, and the first exchange comes after `delta_t` steps (there: before the first step, and every 5 epochs); what
     was just dropped is not drawn again (`regrow_dropped`); optimizer state is cleared (`mest_compat` keeps it stale, as
-    there; do not combine that with S2SAM's direction="momentum", which would displace pruned weights).
+    there; do not combine that with S2SAM's directions "momentum" and "ema", which would displace pruned weights). A
+    layer without a gradient is only pruned, except with distribution="global".
 
     Cost: the masks alone; each exchange ranks every layer twice. EM&S trains above the target's memory until the last
     phase.
@@ -162,7 +163,8 @@ class MEST(Scheduled):
         draw = {name: scores.random(w, self.generator) for name, w in weights.items()}
         draw = {name: s.masked_fill(taken[name], -torch.inf) for name, s in draw.items()}
         grown = choose(draw, _difference(upper, keep), at_least=0)
-        return {name: kept[name] | grown[name] for name in masks}
+        rest = set() if isinstance(upper, int) else {n for n in part.resting() if part.kept[n] <= upper[n]}
+        return {name: kept[name] | grown[name] for name in masks if name not in rest}
 
     def _score(self, weight: Tensor) -> Tensor:
         score = scores.magnitude(weight)

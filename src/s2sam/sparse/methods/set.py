@@ -42,10 +42,10 @@ class SET(Blocks):
     """Every `delta_t` steps, after the optimizer's step, drop the share f with the lowest |w|, grow as many at random.
 
     The random draw is exact (as many as were dropped, never a Bernoulli number) and leaves out what was just dropped
-    unless `regrow_dropped`. With `sign_split` floor(f n) of the n active weights >= 0 and of those < 0 are dropped, the
-    smallest and the largest (dcmocanu/sparse-evolutionary-artificial-neural-networks); an active 0 counts as positive
-    there. With `block` whole blocks go and come, by sums of |w|. Cost: each change ranks each layer twice; a step in
-    between costs what a static mask does.
+    unless `regrow_dropped`. With `sign_split` the active weights >= 0 and those < 0 give their shares of the drop,
+    rounded down, the smallest and the largest (dcmocanu/sparse-evolutionary-artificial-neural-networks); an active 0
+    counts as positive there. With `block` whole blocks go and come, by sums of |w|. Cost: each change ranks each layer
+    twice; a step in between costs what a static mask does.
     """
 
     method = "set"
@@ -53,8 +53,9 @@ class SET(Blocks):
     options: SETOptions
 
     def grow_scores(self, part: Part, name: str) -> Tensor | None:
-        """Uniform random numbers."""
-        return scores.random(part.layers.weights[name], self.generator)
+        """Uniform random numbers; a layer without a gradient stays as it is."""
+        draw = scores.random(part.layers.weights[name], self.generator)
+        return None if name in part.resting() else draw
 
     def keep(self, part: Part, name: str, n_drop: int) -> tuple[Tensor, int]:
         """Without the lowest |w|, or without the values nearest 0 on either side."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2sam.hooks import check_number
+from s2sam.hooks import StepContext, check_number
 from s2sam.sparse.budget import share_out
 from s2sam.sparse.drop_grow import DropGrow, DropGrowOptions, add, check_annealed
 from s2sam.sparse.part import Part
@@ -46,7 +46,8 @@ class SNFS(DropGrow):
 
     Defaults are for CIFAR; there delta_t is an epoch. ImageNet: drop_fraction=0.2.
 
-    Cost: one dense buffer, and a dense weight gradient in every step; a change ranks each layer twice.
+    Cost: one dense buffer, and a dense weight gradient in every step, of which a copy is held until its end; a change
+    ranks each layer twice.
 
     Raises:
         ValueError: no total_steps.
@@ -60,6 +61,7 @@ class SNFS(DropGrow):
         """No momentum so far."""
         super().check_options()
         self.momentum: dict[str, Tensor] = {}
+        self._seen: dict[Part, dict[str, Tensor]] = {}
 
     def drop_fraction(self, t: int) -> float:
         """The cosine."""
@@ -70,24 +72,28 @@ class SNFS(DropGrow):
         return min(super().drop_count(part, name, t), part.kept[name] - 1)
 
     def look(self, part: Part) -> None:
-        """m <- beta m + dL/dw, where there is a gradient."""
-        scale = getattr(part.optimizer, "grad_scale", None)  # of a GradScaler that leaves unscaling to the optimizer
+        """Keep the dense gradients until the step is done."""
+        self._seen[part] = part.gradients()
+
+    def moved(self, part: Part, context: StepContext) -> None:
+        """m <- beta m + dL/dw, where there is a gradient; nothing if the step was skipped."""
+        seen = self._seen.pop(part, {})
         for name, weight in part.layers.weights.items():
             held = self.momentum.get(name)
             m = self.momentum[name] = torch.zeros_like(weight) if held is None else held.to(weight.device)
-            if weight.grad is not None:
-                grad = torch.nan_to_num(weight.grad, 0.0, 0.0, 0.0)
-                m.mul_(self.options.beta).add_(grad if scale is None else grad / scale.to(grad.device))
+            if name in seen and not context.nothing_moved():
+                m.mul_(self.options.beta).add_(seen[name])
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Per layer what is kept; over all layers as many as before."""
         masks = part.layers.masks
         strength = {name: self.momentum[name].abs() for name in masks}
-        n = {name: self.drop_count(part, name, t) for name in masks}
+        rest = part.resting()
+        n = {name: 0 if name in rest else self.drop_count(part, name, t) for name in masks}
         kept = {name: self.keep(part, name, n[name])[0] for name in masks}
         taken = kept if self.options.regrow_dropped else masks
         free = {name: mask.numel() - part.kept[name] for name, mask in masks.items()}
-        room = {name: free[name] + n[name] * self.options.regrow_dropped for name in masks}
+        room = {name: (free[name] + n[name] * self.options.regrow_dropped) * (name not in rest) for name in masks}
         grown = share_out(sum(n.values()), self._means(part, strength), room)
         return {name: add(kept[name], strength[name], grown[name], taken=taken[name]) for name in masks}
 

@@ -75,8 +75,9 @@ class SRSTE(Reserve, NOfM):
         return self.on_grid(t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
-        """The n largest |theta| of each group."""
-        return {name: self.of_groups(self.theta(part, name).abs()) for name in part.layers.masks}
+        """The n largest |theta| of each group; a layer without a gradient stays as it is."""
+        rest = part.resting()
+        return {n: self.of_groups(self.theta(part, n).abs()) for n in part.layers.masks if n not in rest}
 
     def change_topology(self, part: Part) -> None:
         """And SGD's momentum goes with the weights."""

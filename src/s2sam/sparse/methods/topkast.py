@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from s2sam.hooks import check_number
+from s2sam.sparse import sync
 from s2sam.sparse.masks import pack_bits, unpack_bits
 from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
@@ -63,8 +64,7 @@ class TopKAST(Reserve):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for part in self.parts if self._ready else ():
-            for name in part.layers.masks:
-                self._choose(part, name)
+            self._choose(part)
 
     def check_options(self) -> None:
         """B holds A. Nothing is kept outside the network so far."""
@@ -92,14 +92,14 @@ class TopKAST(Reserve):
         return self.on_grid(t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
-        """The largest |theta|, as many as before."""
-        return {name: topk_mask(self.theta(part, name).abs(), n, check=False) for name, n in part.kept.items()}
+        """The largest |theta|, as many as before; a layer without a gradient stays as it is."""
+        kept, rest = part.kept, part.resting()
+        return {n: topk_mask(self.theta(part, n).abs(), kept[n], check=False) for n in kept if n not in rest}
 
     def change_topology(self, part: Part) -> None:
         """And choose B."""
         super().change_topology(part)
-        for name in part.layers.masks:
-            self._choose(part, name)
+        self._choose(part)
 
     def extra_state(self) -> dict[str, Any]:
         """And B."""
@@ -111,7 +111,9 @@ class TopKAST(Reserve):
         for name, w in self.weights.items():
             self.backward[name] = unpack_bits(extra["backward"][name], w.shape).to(w.device)
 
-    def _choose(self, part: Part, name: str) -> None:
-        theta = self.theta(part, name)
-        n = min(theta.numel(), round(self.ratio * part.kept[name]))
-        self.backward[name] = topk_mask(theta.abs(), n, check=False)
+    def _choose(self, part: Part) -> None:
+        for name, kept in part.kept.items():
+            theta = self.theta(part, name)
+            n = min(theta.numel(), round(self.ratio * kept))
+            self.backward[name] = topk_mask(theta.abs(), n, check=False)
+        sync.broadcast_masks({name: self.backward[name] for name in part.kept})  # as A: rank 0's
