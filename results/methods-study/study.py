@@ -1,7 +1,8 @@
 """Does every sparse training method beat a random mask that never moves? The commands are in README.md.
 
     python results/methods-study/study.py data --source FOLDER    # cifar10-16.npz from CIFAR-10 as parquet files
-    python results/methods-study/study.py report                  # methods.csv, n-of-m.csv -> report.md
+    python results/methods-study/study.py filters                 # the finished networks -> filters.csv
+    python results/methods-study/study.py report                  # these and methods.csv, n-of-m.csv ... -> report.md
 
 The training itself is done by `s2sam table`.
 """
@@ -86,6 +87,51 @@ def verdict(low: float, high: float) -> str:
     return "above static" if low > 0 else "below static" if high < 0 else "not told from static"
 
 
+def look_at_filters() -> None:
+    """filters.csv: of each run the share of convolution filters without a weight, and the largest norm of a layer."""
+    from safetensors.numpy import load_file
+
+    lines = []
+    for table in ("methods", "follow-up"):
+        with (HERE / f"{table}.csv").open(newline="") as file:
+            runs = [line for line in csv.DictReader(file) if line["state"] == "finished"]
+        for run in runs:
+            weights = load_file(HERE / "runs" / table / "runs" / Path(run["folder"]).name / "model.safetensors")
+            layers = [w.reshape(len(w), -1) for w in weights.values() if w.ndim == 4]
+            empty = sum(int((~w.any(1)).sum()) for w in layers) / sum(len(w) for w in layers)
+            largest = max(float((w.astype(float) ** 2).sum()) ** 0.5 for w in layers)
+            lines.append([table, run["row"], run["sparsity"], run["seed"], f"{empty:.4f}", f"{largest:.5g}"])
+    with (HERE / "filters.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["table", "row", "sparsity", "seed", "empty_filters", "largest_norm"], *lines])
+
+
+def filters_section() -> list[str]:
+    """A line for each method at the highest sparsity: filters without a weight, norms, and accuracy with clipping."""
+    with (HERE / "filters.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if float(line["sparsity"]) == 0.98]
+    clipped, _ = load("follow-up.csv")
+    values, _ = load("methods.csv")
+    rows: list[tuple[float, list[str]]] = []
+    for method in dict.fromkeys(line["row"] for line in lines if line["table"] == "methods"):
+        cells = {}
+        for table in ("methods", "follow-up"):
+            mine = [line for line in lines if (line["table"], line["row"]) == (table, method)]
+            empty = f"{100 * mean([float(line['empty_filters']) for line in mine]):.0f} %" if mine else "-"
+            norm = f"{max(float(line['largest_norm']) for line in mine):.3g}" if mine else "-"
+            cells[table] = [empty, norm]
+        with_clip = accuracy(clipped[method][0.98].values()) if method in clipped else "-"
+        plain = accuracy(values[method][0.98].values())
+        text = [method, *cells["methods"], plain, *cells["follow-up"], with_clip]
+        rows.append((-max(float(line["largest_norm"]) for line in lines if line["row"] == method), text))
+    head = ["98 %", "empty filters", "largest norm", "accuracy", "clipped: empty filters", "largest norm", "accuracy"]
+    return [
+        "## Filters without a weight, and the gradient's norm clipped at 1",
+        "\n".join(markdown_grid([head, *(text for _, text in sorted(rows))])),
+        "Empty filters: mean over seeds of the share of convolution filters that end without a weight. Largest norm: "
+        "that of a convolution's ||w||, over layers and seeds. The right half is the same runs with clipping.",
+    ]
+
+
 def section(title: str, values: Values, failed: list[dict[str, str]]) -> list[str]:
     """One table: a line for each method, best first."""
     static = control(values)
@@ -145,6 +191,7 @@ def report() -> str:
         f"The dense network: {accuracy(dense['Dense'][0.0].values())}.",
         *section("90, 95 and 98 %", main, failed + failed_channels),
         *section("N of 16 weights", n_of_m, failed_groups),
+        *filters_section(),
     ]
     text = "\n\n".join(parts) + "\n"
     (HERE / "report.md").write_text(text, encoding="utf-8")
@@ -154,13 +201,15 @@ def report() -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "report"))
+    parser.add_argument("what", choices=("data", "filters", "report"))
     parser.add_argument("--source", type=Path, help="CIFAR-10, in any form that s2sam reads")
     options = parser.parse_args()
     if options.what == "data":
         if options.source is None:
             parser.error("data needs --source")
         make_data(options.source)
+    elif options.what == "filters":
+        look_at_filters()
     else:
         report()
 

@@ -135,6 +135,37 @@ def test_a_step_that_changes_masks_gives_no_quotient(generator):
     assert {kind: len(found) for kind, found in probe.quotients.items()} == {"step": 1}
 
 
+class Bowls:
+    """F(w) = (w_1 - 1)^2 / 2 + 2 (w_2 - 1)^2 on the active weights: mu is 1 on {w_1} and 4 on {w_2}."""
+
+    @staticmethod
+    def probe(w, active, moved=0):
+        """The points of gradient descent from w, with learning rate 0.1."""
+        points, curvature = [], (1.0, 4.0)
+        w = [x * a for x, a in zip(w, active, strict=True)]
+        for _ in range(20):
+            slope = [h * (x - 1) * a for h, x, a in zip(curvature, w, active, strict=True)]
+            loss = sum(h * (x - 1) ** 2 / 2 for h, x in zip(curvature, w, strict=True))
+            points.append((loss, math.hypot(*slope)))
+            w = [x - 0.1 * g for x, g in zip(w, slope, strict=True)]
+        return Probe(
+            points=points, losses=[points[0][0]], quotients={"step": [4.0]}, variances=[0.0], moved_masks=moved
+        )
+
+
+def test_mu_is_not_below_that_of_any_mask_when_masks_move():
+    first, second = Bowls.probe((3.0, 3.0), (1, 0)), Bowls.probe((3.0, 3.0), (0, 1))
+    each = [constants([probe]).pl for probe in (first, second)]
+    assert each == pytest.approx([1.0, 4.0], rel=0.2) and each[0] >= 1 and each[1] >= 4
+    assert constants([first, second], ["a", "b"]).pl == min(each)
+    assert constants([first, second]).pl < 0.1  # as if they had one mask: far below either mu
+    assert constants([first, second], ["a", "b"]).best == min(constants([p]).best for p in (first, second))
+    moving = Bowls.probe((3.0, 3.0), (1, 0), moved=1)
+    assert constants([moving, second], ["a", "b"]).pl == each[1]
+    assert constants([moving, moving], ["a", "a"]).pl is None
+    assert constants([first, Bowls.probe((1.5, 3.0), (1, 0))], ["a", "a"]).pl <= each[0]  # one mask: all points count
+
+
 def test_batch_statistics_are_those_of_the_batch(generator):
     """F of a network with BatchNorm does not depend on running statistics, and a look moves none."""
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
@@ -274,7 +305,13 @@ def test_words_about_what_a_run_breaks():
     assert "the corollary's bound is SGD's" in said(sharpness="none", squared_radius=0.0)
     assert "this run used adamw" in said(optimizer="adamw", momentum=None)
     assert "not shown to break" in said(step_condition=0.5)
-    assert "no point lies above the lowest loss" in said(constants={"pl": None})
+    assert "no point is known to lie above the lowest loss on its masks" in said(constants={"pl": None})
+    stayed = [{**RESULT["probes"][0], "mask": mask} for mask in "aa"]
+    assert "masks" not in said(probes=stayed, method="rigl")
+    apart = said(probes=[stayed[0], {**stayed[1], "mask": "b"}], method="rigl")
+    assert "mu: masks moved, so F is compared with the lowest on the same masks" in apart
+    assert "masks changed between" not in apart
+    assert "mu: taken over all masks together, so it is on no side if they moved" in said(method="rigl")
     changed = [{"at": "best", "moved_masks": 2, "stopped": True, "losses": [1.0, 2.0]}]
     assert "masks changed" in said(probes=changed) and "the loss was not finite 2 steps after best" in said(
         probes=changed

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from s2sam.analysis import bound_run
+from s2sam.analysis.bound_network import smallest_quotient
 from s2sam.analysis.bound_probe import Probe, Stop
 from s2sam.analysis.bound_run import (
     ProbeSettings,
@@ -74,6 +75,9 @@ def test_places_and_steps_are_those_of_the_run(rigl, found):
     assert places[0]["moved_masks"] == 1 and places[-1]["moved_masks"] == 0
     assert (found["images"], found["all_images"], found["batches"]) == (128, 320, 2)
     assert found["squared_radius"] == pytest.approx(0.0025, rel=1e-3) and found["radius_from"] == "steps"
+    assert places[0]["mask"] != places[-1]["mask"]
+    still = [Probe(**{key: p[key] for key in ("points", "moved_masks")}) for p in places if not p["moved_masks"]]
+    assert found["constants"]["pl"] == smallest_quotient([one.points for one in still])  # masks moved between them
     assert 0 < found["constants"]["pl_if_fitted"] < found["constants"]["pl"]
     assert found["constants"]["gap"] > 0 and found["constants"]["smooth"] > 0
 

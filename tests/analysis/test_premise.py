@@ -148,7 +148,8 @@ def test_the_record_of_a_run(trained, make_generator):
     for p in found["points"]:
         assert p["looks"] == 2 and len(p["each"]) == 2
         assert -1 <= p["cosine"]["mean"] <= 1 and p["lambda_max"]["value"] > 0
-        assert p["c_lambda_max"]["value"] == pytest.approx(p["lambda_max"]["value"] * p["c"]["mean"])
+        for key in ("value", "residual"):
+            assert p["c_lambda_max"][key] == pytest.approx(p["lambda_max"][key] * p["c"]["mean"])
         assert p["rho_over_w"]["mean"] == pytest.approx(0.1 / p["weight_norm"]["mean"], rel=1e-3)
         assert p["own_rises"] == 1.0 and p["momentum_odd"]["mean"] is not None
     assert found == measure_premise(trained, QUICK, label="rigl", device="cpu")

@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from s2sam.analysis import sharpness
 from s2sam.analysis.hessian import ActiveLoss
 from s2sam.analysis.lanczos import gaussian
-from s2sam.analysis.sharpness import SharpnessSettings, along, ascent, average, m_sharpness, measure
+from s2sam.analysis.sharpness import (
+    INVARIANT,
+    SCALED,
+    SharpnessSettings,
+    along,
+    ascent,
+    average,
+    m_sharpness,
+    measure,
+)
 from s2sam.sam.scales import SCALES
 
 F64 = torch.zeros((), dtype=torch.float64)
@@ -182,6 +192,15 @@ def test_the_scale_invariant_forms_are_and_the_raw_ones_are_not(images):
         assert other[key]["value"] != pytest.approx(one[key]["value"], rel=0.2), key
 
 
+def test_a_rescaled_filter_changes_no_measure_that_decides_and_those_in_units_of_w(images):
+    one, other = (measure(losses(images, torch.tensor(f)), QUICK) for f in ([[1.0]] * 3, [[1.0], [20.0], [1.0]]))
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    for key in INVARIANT:
+        assert other[key]["value"] == pytest.approx(one[key]["value"], rel=1e-6), key
+    for key in SCALED:
+        assert other[key]["value"] > 2 * one[key]["value"], key
+
+
 def test_the_record_is_what_its_parts_say(images):
     loss = losses(images)
     done = []
@@ -202,18 +221,22 @@ def test_the_record_is_what_its_parts_say(images):
     c = 0.05 / found["group_gradient_norm"]
     assert found["c_lambda_max"]["value"] == pytest.approx(c * found["lambda_max"]["value"])
     assert found["rho_over_w"] == 0.05 / found["weight_norm"]
+    assert found["trace_w2_n"]["terms"] == 3  # of the 9 products
     assert len(found["density"]["nodes"]) == 1 and sum(found["density"]["weights"][0]) == pytest.approx(1.0)
     assert done[-1] == QUICK.passes and done == sorted(done)
     assert sum(found["passes"].values()) <= QUICK.passes
     assert measure(losses(images), QUICK) == found  # the seed decides every draw
 
 
-def test_what_is_left_out_or_not_converged_is_said(images):
+def test_what_is_left_out_or_not_converged_is_said(images, monkeypatch):
     off = SharpnessSettings(steps=1, draws=2, max_steps=1, queries=0, probes=0, group=8)
     found = measure(losses(images), off)
     assert (found["trace"], found["density"], found["trace_w2_n"]) == (None, None, None)
     for key in ("lambda_max", "lambda_w2", "c_lambda_max", "lowest_eigenvalue"):
         assert found[key]["converged"] is False
+    monkeypatch.setattr(sharpness, "m_sharpness", lambda parts, radius: ([1.0], [math.inf]))
+    steep = measure(losses(images), off)
+    assert (steep["group_gradient_norm"], steep["c"], steep["c_lambda_max"]["value"]) == (None, None, None)
     broken = losses(images)
     broken.prepare = lambda x: x * math.nan
     with pytest.raises(RuntimeError, match="not finite at the weights"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from s2sam.analysis import robustness_run
 from s2sam.analysis.opened import load_common
+from s2sam.analysis.robustness_run import RobustSettings, stored
 from s2sam.cli.main import main
 from s2sam.data.corruption_draws import image_generators
 from s2sam.data.corruptions import corrupt
@@ -115,10 +117,27 @@ def test_stored_results_are_compared_without_measuring(runs, tmp_path, capsys, m
     assert "official.json is not there; measure the run" in refused(
         capsys, *pair, "--read-only", "--source", "official", "nowhere", "--out", tmp_path
     )
-    stored = runs / "rigl-seed1" / "robustness-generated.json"
-    stored.write_text(stored.read_text().replace('"corruption_seed": 0', '"corruption_seed": 4'))
+    other = runs / "rigl-seed1" / "robustness-generated.json"
+    other.write_text(other.read_text().replace('"corruption_seed": 0', '"corruption_seed": 4'))
     said = refused(capsys, *pair, "--read-only", "--out", tmp_path)
     assert "corruption_seed is 0 for the first and 4 for the second; measure both in one command" in said
+
+
+def test_a_stored_result_is_of_the_constants_asked_for_or_of_those_of_the_size(runs, tmp_path):
+    folder = shutil.copytree(runs / "dense", tmp_path / "run", ignore=shutil.ignore_patterns("robustness-*"))
+    few = ("--corruptions", "brightness", "--severities", "1", "--images", "60", "--device", "cpu")
+    assert main(["robust", str(folder), *few, "--out", str(tmp_path / "out")]) == 0
+    own = RobustSettings(corruptions=("brightness",), severities=(1,), images=60)
+    made, path = json.loads((folder / "robustness-generated.json").read_text()), folder / "robustness-generated.json"
+    older = {key: value for key, value in made.items() if key != "image_side"}
+    assert made["image_side"] == 8
+    for whole in (made, older):
+        path.write_text(json.dumps(whole))
+        assert stored(folder, own) == stored(folder, replace(own, constants="cifar")) == whole
+        assert stored(folder, replace(own, constants="imagenet")) is None
+        path.write_text(json.dumps({**whole, "constants": "imagenet"}))
+        assert stored(folder, own) is None  # 8 pixels get those of cifar
+        assert stored(folder, replace(own, constants="imagenet")) is not None
 
 
 def test_an_interrupt_leaves_nothing_half_written(runs, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 
@@ -105,6 +106,24 @@ def test_runs_are_ranked_in_words_at_matched_train_loss_only(runs, tmp_path, cap
     printed = " ".join(capsys.readouterr().out.split())
     assert "train losses match" in printed and "flattest" in printed
     assert "40 of 200 train images, not augmented" in printed
+
+
+def test_a_train_loss_that_is_not_finite_is_saved_as_null_and_said(measured, runs, tmp_path, capsys, monkeypatch):
+    stored = {row["run"]: row for row in json.loads((measured / "sharpness.json").read_text())}
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("dense", "rigl")]
+    stored["rigl"] |= {"train_loss": math.inf, "split": "test"}
+    monkeypatch.setattr(sharpness_run, "measure_run", lambda folder, *_, label, **__: stored[label])
+    argv = ["sharpness", *map(str, folders), "--out", str(tmp_path / "out"), "--tolerance", "1"]
+    assert main(argv) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no finite train loss was measured of rigl" in printed and "flattest" not in printed
+    own, joint = (
+        json.loads((folder / "sharpness.json").read_text(), parse_constant=pytest.fail)
+        for folder in (folders[1], tmp_path / "out")
+    )
+    assert own["train_loss"] is None and own == joint[1]
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[1]["train_loss"] is None
 
 
 def test_what_did_not_converge_is_marked(runs, tmp_path, capsys, undrawn):

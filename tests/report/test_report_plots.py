@@ -47,6 +47,13 @@ def test_lines_carry_the_class_and_colour_of_their_arm(sections):
     assert "dense" in texts(svg)
 
 
+def test_overlapping_bands_are_no_verdict_on_paired_arms(sections):
+    for title in ("Test accuracy", "Test loss", "Training loss"):
+        caption = sections[title].caption
+        assert caption.endswith("although the paired differences above show something; only those decide.")
+        assert "do not separate" not in caption
+
+
 def test_layers_show_the_recorded_densities(sections):
     shown = texts(sections["Sparsity per layer"].figures[0].svg)
     for layer, share in {"body.fc1": "30.0 %", "body.fc2": "8.0 %", "classifier": "60.0 %"}.items():

@@ -96,7 +96,7 @@ def put_premise(runs):
     for (kind, seed), folder in runs.items():
         numbers = [f"{d}_{part}" for d in ("previous", "own", "random") for part in ("odd", "even")]
         points = [
-            {"step": step, "looks": 4, "previous_rises": 0.75, "random_rises": 0.5,
+            {"step": step, "looks": 4, "previous_rises": 0.75, "random_rises": 0.5, "over": False, "lr": 4 / step,
              "lambda_max": {"value": 2.0, "converged": step < 80}, "c_lambda_max": {"value": 0.2},
              **{name: {"mean": 0.001 * step, "sd": 0.1} for name in (*numbers, "batch_sharpness", "rho_over_w")},
              "cosine": {"mean": 0.01 * seed - (0.2 if kind == "s2sam" else 0.0), "sd": 0.1}}
@@ -179,9 +179,16 @@ def test_sharpness_is_compared_at_matched_train_loss_only(runs):
     with style():
         section, _ = sharpness_sections(find_sharpness(arms), arms)
     assert section.figures[0].label.startswith("Train loss, which must match: RigL 90 %, SGD 0.1, RigL")
-    assert section.figures[1].label == "lambda_max ||w||^2: RigL 90 %, SGD 21, RigL 90 %, S2-SAM 11"
+    assert section.figures[1].label == "Adaptive worst case: RigL 90 %, SGD 2.1, RigL 90 %, S2-SAM 1.1"
+    assert section.figures[3].label == "lambda_max ||w||^2: RigL 90 %, SGD 21, RigL 90 %, S2-SAM 11"
     assert "train losses match, as they lie within 0.0 %" in section.says[0]
-    assert "S2-SAM minus SGD is -10 (n = 3, no interval)" in section.says[1]  # all seeds agree to the last digit
+    assert [line.split(":")[0].split(", ")[1] for line in section.says[1:]] == [
+        "adaptive worst case", "adaptive average", "lambda_max ||w||^2", "trace ||w||^2 / n",
+    ]  # fmt: skip
+    assert "S2-SAM minus SGD is -1 (n = 3, no interval)" in section.says[1]  # all seeds agree to the last digit
+    assert section.says[3].endswith(
+        "in units of ||w||, which a rescaled layer changes: S2-SAM minus SGD is -10 (n = 3); no verdict goes by it."
+    )
     put_sharpness(runs, loss={"none": 0.1, "s2sam": 0.2})
     (only,) = sentences(find_sharpness(arms), arms)
     assert "train losses do not match" in only and "no run is called flatter" in only
@@ -256,15 +263,20 @@ def test_one_seed_is_ranked_by_name_and_several_by_interval(runs):
     put_sharpness(runs)
     arms = arms_of({key: folder for key, folder in runs.items() if key[1] == 0})
     says = sentences(find_sharpness(arms), arms)
-    assert any("lambda_max ||w||^2: S2-SAM 10 < SGD 20" in line for line in says)
+    assert any("lambda_max ||w||^2, in units of" in line and "changes: S2-SAM 10 < SGD 20" in line for line in says)
+    assert says[-1].endswith("the scale-invariant measures agree that S2-SAM is the flattest.")
     for (kind, seed), folder in runs.items():
         result = json.loads((folder / "sharpness.json").read_text())
-        result["trace_w2_n"]["value"] += 0.2 * seed if kind == "none" else 0.0
+        for name in ("trace_w2_n", "worst_adaptive"):
+            result[name]["value"] += 0.2 * seed if kind == "none" else 0.0
         put(folder, "sharpness.json", result)
     arms = arms_of(runs)
-    (line,) = [line for line in sentences(find_sharpness(arms), arms) if "trace" in line]
-    assert "S2-SAM minus SGD is -1.2, 95 % interval for all 3 together -2" in line
+    says = sentences(find_sharpness(arms), arms)
+    (line,) = [line for line in says if "adaptive worst case" in line]
+    assert "S2-SAM minus SGD is -1.2, 95 % interval for all 2 together -1.92 to -0.483" in line
     assert line.endswith("(n = 3): this shows a difference.")
+    (trace,) = [line for line in says if "trace" in line]
+    assert "S2-SAM minus SGD is -1.2 (n = 3); no verdict goes by it." in trace and "interval" not in trace
 
 
 def test_values_that_did_not_converge_are_hatched_and_not_compared(runs):
@@ -272,8 +284,8 @@ def test_values_that_did_not_converge_are_hatched_and_not_compared(runs):
     arms = arms_of(runs)
     with style():
         section, _ = sharpness_sections(find_sharpness(arms), arms)
-    assert "SGD at least 21" in section.figures[1].label and "pattern" in section.figures[1].svg
-    assert "pattern" not in section.figures[2].svg
+    assert "SGD at least 21" in section.figures[3].label and "pattern" in section.figures[3].svg
+    assert "pattern" not in section.figures[4].svg
     assert any("not compared, as there is no reliable value of" in line for line in section.says)
     with style():
         values = {arms[0]: [Dot(None)], arms[1]: [Dot(1.0), Dot(None)]}
@@ -289,6 +301,7 @@ def test_the_premise_is_drawn_and_said(runs):
     assert len(section.figures) == 6
     assert section.figures[0].label == "RigL 90 %, cosine: SGD ends at 0.01, S2-SAM ends at -0.19"
     assert "rises along +g_t-1 in 75 % of 12 looks, and along noise of the same length in 50 %" in section.says[0]
+    assert section.says[0].startswith("RigL 90 %, SGD: from step 80 on, at learning rate 0.05, the loss of the next")
     assert re.search(r"is -0\.190 \(n = 3 runs, 95 % interval -0\.215 to -0\.165\)", section.says[1])
     assert {"previous", "own", "random"} <= set(texts(section.figures[1].svg))
     assert "SGD, previous ends at 0.08" in section.figures[1].label and "SGD" in texts(section.figures[0].svg)

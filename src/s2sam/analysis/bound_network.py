@@ -55,7 +55,7 @@ class Constants:
     """
 
     smooth: float  #: at most L: the largest difference quotient of gradients
-    pl: float | None  #: at least mu: the smallest ||grad F||^2 / (2 (F - F_best))
+    pl: float | None  #: at least mu: the smallest ||grad F||^2 / (2 (F - F_best)), F_best of the same mask
     pl_if_fitted: float  #: the same with F_best = 0, the lowest F* that a loss of at least 0 can have
     variance: float  #: mean of E||g_t - grad F(x_t)||^2 over the points seen; neither above nor below
     largest_variance: float  #: at most sigma^2 as the theorem has it, a supremum (but for the error of a sample)
@@ -70,8 +70,12 @@ class Constants:
         return max(0.0, self.start - self.best)
 
 
-def constants(probes: Sequence[Probe]) -> Constants:
+def constants(probes: Sequence[Probe], masks: Sequence[str] | None = None) -> Constants:
     """Put the probes of one run together; the first is that at its start.
+
+    Args:
+        probes: of the run.
+        masks: what names the mask at each probe's begin; None = all have one.
 
     Raises:
         ValueError: no two gradients of the run differ by more than rounding.
@@ -81,11 +85,10 @@ def constants(probes: Sequence[Probe]) -> Constants:
         raise ValueError("no two gradients of the run differ, so nothing can be said about L; train the run again")
     points = [point for probe in probes for point in probe.points]
     best = min(loss for loss, _ in points)
-    above = [(loss, norm) for loss, norm in points if loss - best > LEAST_GAP * abs(loss)]
     variances = [v for probe in probes for v in probe.variances]
     return Constants(
         smooth=max(quotients),
-        pl=min((norm**2 / (2 * (loss - best)) for loss, norm in above), default=None),
+        pl=smallest_quotient(one_mask(probes, masks)),
         pl_if_fitted=min((norm**2 / (2 * loss) for loss, norm in points if loss > 0), default=0.0),
         variance=math.fsum(variances) / len(variances),
         largest_variance=max(variances),
@@ -94,6 +97,36 @@ def constants(probes: Sequence[Probe]) -> Constants:
         best=best,
         norm=probes[0].norm,
     )
+
+
+def one_mask(probes: Sequence[Probe], masks: Sequence[str] | None = None) -> list[list[tuple[float, float]]]:
+    """The points of the probes, those of each mask together; a probe within which masks moved is left out.
+
+    >>> a, b, c = Probe(points=[(2.0, 1.0)]), Probe(points=[(1.0, 1.0)]), Probe(points=[(0.0, 1.0)], moved_masks=1)
+    >>> one_mask([a, b, c], ["x", "y", "x"]), one_mask([a, b])
+    ([[(2.0, 1.0)], [(1.0, 1.0)]], [[(2.0, 1.0), (1.0, 1.0)]])
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for probe, mask in zip(probes, masks if masks is not None else [""] * len(probes), strict=True):
+        if not probe.moved_masks:
+            groups.setdefault(mask, []).extend(probe.points)
+    return list(groups.values())
+
+
+def smallest_quotient(groups: Sequence[Sequence[tuple[float, float]]]) -> float | None:
+    """The smallest ||grad F||^2 / (2 (F - F_best)) in any group, F_best the lowest F in it; None if there is none.
+
+    Gradients are those of the active weights. On another mask F may be far lower than it can get on this one, so the
+    quotient with that F would be below the mu of either.
+
+    >>> smallest_quotient([[(3.0, 2.0), (1.0, 0.5)], [(0.0, 0.1)]])
+    1.0
+    """
+    found = []
+    for points in groups:
+        best = min((loss for loss, _ in points), default=math.inf)
+        found += [norm**2 / (2 * (loss - best)) for loss, norm in points if loss - best > LEAST_GAP * abs(loss)]
+    return min(found, default=None)
 
 
 def network_terms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ def measure_run(
         batches = fixed_batches(state, settings)
         objective = Objective(state.model, batches, losses)
         probes: list[Probe] = []
+        masks: list[str] = []
         where: list[dict[str, Any]] = []
         total, done = (1 + len(saved)) * (settings.steps + 1), itertools.count(1)
         with enough_threads(objective.twin, batches[0][0]):
@@ -114,19 +116,20 @@ def measure_run(
                     mine = {**checkpoint, "config": {**checkpoint["config"], "compile": "none"}}
                     state.load_state_dict(mine, f"the checkpoint {folder}/checkpoints/{name}.pt")
                 begun, taken = state.step, list[float]()
+                masks.append(mask_digest(state))
                 probe = measure(
                     objective, stops(state, settings.steps, taken), decay=config.optim.weight_decay,
                     examples=settings.examples, power=settings.power, tell=lambda: tell(next(done), total),
                 )  # fmt: skip
                 probes.append(probe)
-                where.append({"at": name, "step": begun, "lr": taken, **asdict(probe)})
+                where.append({"at": name, "step": begun, "lr": taken, "mask": masks[-1], **asdict(probe)})
         if next(done) <= total:  # fewer steps were left of the run than asked for
             tell(total, total)
     return {
         "format": 1, "run": label, **facts(state, env), "settings": asdict(settings),
         "images": objective.images, "all_images": len(state.data.train_x), "batches": len(objective.batches),
         "weights_sha256": weights_digest(folder),
-        **evaluate(state, probes, epochs, steps), "probes": where,
+        **evaluate(state, probes, epochs, steps, masks), "probes": where,
     }  # fmt: skip
 
 
@@ -198,6 +201,11 @@ def active_weights(state: TrainState) -> Tensor:
     return flat([masks.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in named])
 
 
+def mask_digest(state: TrainState) -> str:
+    """What names the masks now: equal masks have equal names."""
+    return hashlib.sha256(active_weights(state).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 def displacement(state: TrainState, gradient: Tensor) -> Tensor | None:
     """e of the next step: S2SAM's own; SAM's as it would be for the batch of all images; None if there is none."""
     parameters = [p for p in state.model.parameters() if p.requires_grad]
@@ -240,9 +248,10 @@ def evaluate(
     probes: Sequence[Probe],
     epochs: Sequence[Mapping[str, Any]],
     steps: Sequence[Mapping[str, Any]],
+    masks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Constants, terms, and the measured losses that the bounds are about."""
-    found, rates = constants(probes), learning_rates(state)
+    """Constants, terms, and the measured losses that the bounds are about; `masks` as :func:`constants` takes them."""
+    found, rates = constants(probes, masks), learning_rates(state)
     seen = [length for probe in probes for length in probe.displacements if math.isfinite(length)]
     if isinstance(state.sharpness, S2SAM):
         del seen[:1]  # at the start of the run there is no direction yet

@@ -16,8 +16,9 @@ BESIDE = {
 }
 ALL = (
     "what was seen bounds L, B and sigma^2 from below, mu and F* from above (the corollary's sigma^2 is a mean over "
-    "the points seen, on no side); so each term is at most the term with the true constants of F: a bound that is "
-    "vacuous here is vacuous, one that is not proves nothing",
+    "the points seen, on no side; where masks moved, F* is the lowest and mu the smallest of all masks); so "
+    "each term is at most the term with the true constants of F: a bound that is vacuous here is vacuous, one that is "
+    "not proves nothing",
     "F: mean cross entropy over fixed batches of the images chosen, not augmented, with each batch's own BatchNorm "
     "statistics, on the active weights; F(w_0), F*, mu and the corollary with weight decay, L, B and sigma^2 without",
     "neither bound knows a direction: they hold for any displacement that is known before its batch is drawn, and the "
@@ -69,7 +70,11 @@ def premises(result: Result) -> list[str]:
     share = f"at most {result['decay_share']:.2g} of the 2L that theorem 1 demands"
     lines.append(f"weight decay {result['weight_decay']:g}: {share}")
     if result["constants"]["pl"] is None:
-        lines.append("mu: no point lies above the lowest loss seen, so terms with mu are 0, the least they can be")
+        lines.append(
+            "mu: no point is known to lie above the lowest loss on its masks, so terms with mu are 0, the least they "
+            "can be"
+        )
+    lines += _masks(result)
     if result["optimizer"] != "sgd":
         lines.append(f"optimizer: both bounds are about SGD, this run used {result['optimizer']}")
     elif result["momentum"]:
@@ -78,13 +83,40 @@ def premises(result: Result) -> list[str]:
             f"momentum {result['momentum']:g}: both bounds are without; it makes steps up to {times:.3g} times as long"
         )
     lines.append(_displacement(result))
-    if any(probe["moved_masks"] for probe in result["probes"]):
-        lines.append("masks changed between steps: differences of gradients across a change are left out")
     for probe in result["probes"]:
         if probe["stopped"]:
             lines.append(
                 f"the loss was not finite {len(probe['losses'])} steps after {probe['at']}; nothing beyond counts"
             )
+    return lines
+
+
+def unsided(result: Result) -> bool:
+    """Whether mu may be below the true one: a result of before masks were told apart, of a network that is not dense.
+
+    >>> unsided({"method": "rigl", "probes": [{"at": "start"}]}), unsided({"probes": [{"mask": "0f"}]})
+    (True, False)
+    """
+    told = all("mask" in probe for probe in result.get("probes", ()))
+    return not told and result.get("method", "dense") != "dense"
+
+
+def _masks(result: Result) -> list[str]:
+    """What masks that moved change; nothing if they did not."""
+    probes = result["probes"]
+    if unsided(result):
+        return ["mu: taken over all masks together, so it is on no side if they moved; run `s2sam bound` again"]
+    within = sum(bool(probe["moved_masks"]) for probe in probes)
+    lines = []
+    if within or len({probe.get("mask") for probe in probes}) > 1:
+        lines.append(
+            "mu: masks moved, so F is compared with the lowest on the same masks, and the smallest mu is taken"
+        )
+    if within:
+        lines.append(
+            f"masks changed between steps of {within} of {len(probes)} probes: differences of gradients across a "
+            "change are left out, and mu is taken from the other probes"
+        )
     return lines
 
 

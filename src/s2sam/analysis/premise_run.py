@@ -155,7 +155,7 @@ def point(state: TrainState, settings: PremiseSettings, *, on_step: Callable[[in
     c = (found.get("c") or {}).get("mean")
     return {
         "step": step, "epoch": epoch, "lr": lr, "over": over, "rho": rho, "lambda_max": top,
-        "c_lambda_max": top | {"value": None if c is None else top["value"] * c}, **found,
+        "c_lambda_max": top | {key: None if c is None else top[key] * c for key in ("value", "residual")}, **found,
         "each": [{"step": look.step, **{k: v if v == v else None for k, v in look.numbers.items()}} for look in looks],
     }  # fmt: skip
 

@@ -16,10 +16,11 @@ from s2sam.analysis.calibration import Scores
 from s2sam.analysis.opened import Opened, choose, load_common, open_finished
 from s2sam.analysis.robustness_file import Result, assemble, check_distinct, path_of, read
 from s2sam.data.corrupted_files import Source, open_official
+from s2sam.data.corruption_constants import constants_for
 from s2sam.data.corruptions import CORRUPTIONS, SEVERITIES, Generated, check_corruptions, check_severities
 from s2sam.data.images import ImageData
 from s2sam.train.config import TrainConfig
-from s2sam.train.finished import read_folder, weights_digest
+from s2sam.train.finished import load_images, read_folder, weights_digest
 
 #: settings in which the seeds of one arm may differ
 BOOKKEEPING = ("seed", "out", "device", "checkpoint_every", "keep_every", "evaluate_every")
@@ -131,7 +132,13 @@ def shared_facts(settings: RobustSettings, data: ImageData, source: Source) -> d
         **source.facts, "corruptions": list(settings.corruptions), "severities": list(settings.severities),
         "split": "test", "images": min(settings.images or total, total), "all_images": total,
         "image_seed": settings.seed, "classes": len(data.classes), "data_digest": data.digest,
+        "image_side": side_of(data),
     }  # fmt: skip
+
+
+def side_of(data: ImageData) -> int:
+    """The shorter side of the images in pixels, by which generated ones get their constants."""
+    return min(data.image_shape[1:])
 
 
 def facts_of(network: Opened) -> dict[str, Any]:
@@ -152,6 +159,8 @@ def arm_of(config: TrainConfig) -> str:
 def stored(folder: Path, settings: RobustSettings) -> Result | None:
     """The result in the folder of a run, if it is of these settings, this run and, by name, these official files.
 
+    Without constants in the settings it must be of those that images of this size get.
+
     Raises:
         ValueError: the file is damaged, or there is no finished run.
     """
@@ -169,7 +178,8 @@ def stored(folder: Path, settings: RobustSettings) -> Result | None:
         wanted["files"] = Path(settings.official).resolve().name
     else:
         wanted |= {"corruption_seed": settings.seed}
-        wanted |= {} if settings.constants is None else {"constants": settings.constants}
+        side = result.get("image_side") or side_of(load_images(config, env, None))  # older results do not tell
+        wanted |= {"constants": settings.constants or constants_for(side)}
     return result if all(result.get(name) == value for name, value in wanted.items()) else None
 
 

@@ -23,9 +23,11 @@ from s2sam.train.config import number, whole
 from s2sam.train.seeding import derive
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
-#: the forms that do not change if weights before a normalisation layer, or in two layers in a row, are rescaled; the
-#: first two only as far as all weights share one scale
-INVARIANT = ("lambda_w2", "trace_w2_n", "worst_adaptive")
+#: the forms that do not change if a filter before a normalisation layer, or two layers in a row, are rescaled without a
+#: change of the function: verdicts go by these
+INVARIANT = ("worst_adaptive", "average_adaptive")
+#: in units of ||w||: the same if all weights are rescaled alike, but others if one layer or filter is; no verdict
+SCALED = ("lambda_w2", "trace_w2_n")
 
 
 class Loss(Protocol):
@@ -243,7 +245,8 @@ def measure(
     loss.passes["gradient"] += 1
     loss.passes["loss"] += 1
     found["m_sharpness"] = {"radius": settings.rho, "images": min(settings.group, len(loss.x)), **_spread(rises)}
-    found["group_gradient_norm"] = statistics.fmean(norms)
+    steep = statistics.fmean(norms)
+    found["group_gradient_norm"] = _plain(steep)
 
     ends = extremes(
         operator, n, draws("eigenvalues"), count=settings.eigenvalues, tolerance=settings.tolerance,
@@ -263,11 +266,12 @@ def measure(
             operator, n, draws("density"), probes=settings.probes, steps=settings.density_steps, like=w
         )
         found["density"] = {"nodes": spectrum.nodes.tolist(), "weights": spectrum.weights.tolist()}
-    c = settings.rho / found["group_gradient_norm"] if found["group_gradient_norm"] > 0 else math.inf
+    c = settings.rho / steep if 0 < steep < math.inf else math.inf
     found |= {
         "lambda_w2": _times(top, size**2),
         "trace_w2_n": None if found["trace"] is None else {
             "value": found["trace"]["value"] * size**2 / n, "error": found["trace"]["error"] * size**2 / n,
+            "terms": settings.queries // 3,  # random ones, whose deviation the error is of
         },
         "rho_over_w": settings.rho / size, "c": _plain(c), "c_lambda_max": _times(top, c), "passes": dict(loss.passes),
     }  # fmt: skip

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from s2sam.analysis.sharpness import INVARIANT
+from s2sam.analysis.sharpness import INVARIANT, SCALED
 
 NAMES = {
+    "worst_adaptive": "adaptive worst case", "average_adaptive": "adaptive average",
     "lambda_w2": "lambda_max ||w||^2", "trace_w2_n": "trace ||w||^2 / n",
-    "worst_adaptive": "adaptive worst case",
 }  # fmt: skip
+#: what stands behind the names of SCALED
+ONLY_SHOWN = "in units of ||w||, which a rescaled layer changes"
+LEAST = 0.05  #: least error of a value, as a share of it: the images are a sample, and the ascent ends early
 
 
 @dataclass(frozen=True)
@@ -24,23 +27,31 @@ class Match:
     tolerance: float
     lowest: str
     highest: str
+    unknown: tuple[str, ...] = ()  #: runs without a finite train loss; then nothing matches
 
     @property
     def matched(self) -> bool:
         """True if they can."""
-        return self.spread <= self.tolerance
+        return not self.unknown and self.spread <= self.tolerance
 
 
-def match(rows: Sequence[dict[str, Any]], tolerance: float) -> Match:
+def match(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Match:
     """Compare the train losses of the records.
 
     >>> match([{"run": "a", "train_loss": 0.5}, {"run": "b", "train_loss": 0.4}], 0.1)
-    Match(spread=0.2, tolerance=0.1, lowest='b', highest='a')
+    Match(spread=0.2, tolerance=0.1, lowest='b', highest='a', unknown=())
+    >>> match([{"run": "a", "train_loss": 0.5}, {"run": "b", "train_loss": None}], 0.1).unknown
+    ('b',)
     """
-    low, high = min(rows, key=lambda row: row["train_loss"]), max(rows, key=lambda row: row["train_loss"])
-    top = high["train_loss"]
-    spread = (top - low["train_loss"]) / top if top > 0 else 0.0
-    return Match(round(spread, 12), tolerance, low["run"], high["run"])
+    losses = {row["run"]: row["train_loss"] for row in rows}
+    known = {run: loss for run, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    unknown = tuple(run for run in losses if run not in known)
+    if unknown:
+        return Match(math.inf, tolerance, "", "", unknown)
+    low, high = min(known, key=lambda run: known[run]), max(known, key=lambda run: known[run])
+    top = known[high]
+    spread = (top - known[low]) / top if top > 0 else 0.0
+    return Match(round(spread, 12), tolerance, low, high)
 
 
 def words(rows: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
@@ -48,6 +59,11 @@ def words(rows: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
     if len(rows) < 2:
         return []
     found = match(rows, tolerance)
+    if found.unknown:
+        return [
+            f"no finite train loss was measured of {', '.join(found.unknown)}, so the train losses do not match, and "
+            "no run is called flatter or sharper than another here"
+        ]
     if not found.matched:
         return [
             f"train losses do not match: {found.lowest}'s is {100 * found.spread:.0f} % below {found.highest}'s, and "
@@ -59,8 +75,8 @@ def words(rows: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
         "tolerance. What follows is about these runs, one each, and not about the methods that made them"
     ]
     rankings = {name: rank(rows, name) for name in INVARIANT}
-    for name, order in rankings.items():
-        lines.append(f"{NAMES[name]}: {order.text}")
+    lines += [f"{NAMES[name]}: {order.text}" for name, order in rankings.items()]
+    lines += [f"{NAMES[name]}, {ONLY_SHOWN}: {rank(rows, name).text}" for name in SCALED]
     flattest = {order.flattest for order in rankings.values()}
     agreed = flattest.pop() if len(flattest) == 1 else None
     if agreed is None:
@@ -94,7 +110,9 @@ class Ranking:
 
 
 def rank(rows: Sequence[dict[str, Any]], name: str) -> Ranking:
-    """Order the runs by a measure. Neighbours are told apart if they differ by more than twice their error.
+    """Order the runs by a measure. Neighbours are told apart if they differ by more than the :func:`reach` of both.
+
+    So nothing that differs by less than about 10 to 15 % is told apart.
 
     >>> rows = [{"run": "a", "x": {"value": 2.0}}, {"run": "b", "x": {"value": 1.0, "error": 0.6}}]
     >>> rank(rows, "x").text, rank([*rows, {"run": "c", "x": {"value": 9.0, "converged": False}}], "x").text
@@ -105,8 +123,41 @@ def rank(rows: Sequence[dict[str, Any]], name: str) -> Ranking:
     if bad:
         return Ranking((), (), bad)
     order = sorted(given, key=lambda run: given[run]["value"])
-    error = {run: one.get("error") or 0.0 for run, one in given.items()}
     apart = tuple(
-        given[b]["value"] - given[a]["value"] > 2 * math.hypot(error[a], error[b]) for a, b in itertools.pairwise(order)
+        given[b]["value"] - given[a]["value"] > math.hypot(reach(given[a]), reach(given[b]))
+        for a, b in itertools.pairwise(order)
     )
     return Ranking(tuple((run, given[run]["value"]) for run in order), apart, ())
+
+
+def reach(one: Mapping[str, Any]) -> float:
+    """How far a value may be off: Student's 97.5 % quantile times its error, but at least 2 * LEAST of the value.
+
+    The error of a mean over draws is their deviation over the root of their number; `terms` says how many random terms
+    another error is of. Errors that are not of random terms, such as the residual of an eigenvalue, count twice.
+
+    >>> reach({"value": 100.0}), round(reach({"value": 1.0, "error": 1.0, "terms": 2}), 1)
+    (10.0, 12.7)
+    >>> round(reach({"value": 1.0, "sd": 2.0, "each": [0.0] * 4}), 2)  # 3.18 * 2 / 2
+    3.18
+    """
+    terms: int | None
+    draws = len(one.get("each") or ())
+    if one.get("sd") is not None and draws > 1:
+        terms, error = draws, one["sd"] / math.sqrt(draws)
+    else:
+        terms, error = one.get("terms"), one.get("error") or 0.0
+    return max(quantile(terms) * error, 2 * LEAST * abs(one["value"]))
+
+
+def quantile(terms: int | None) -> float:
+    """Student's 97.5 % quantile with terms - 1 degrees of freedom; 2 where no random terms were counted.
+
+    >>> [round(quantile(terms), 2) for terms in (2, 10, 100)], quantile(None)
+    ([12.71, 2.26, 1.98], 2.0)
+    """
+    if terms is None or terms < 2:
+        return 2.0
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, terms - 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from s2sam.analysis.hessian import ActiveLoss
 from s2sam.analysis.hessian_graphs import GIB
 from s2sam.analysis.in_ranks import in_ranks
 from s2sam.analysis.opened import open_finished
+from s2sam.analysis.plain_json import to_json
 from s2sam.analysis.sharpness import PRECISIONS, SharpnessSettings, measure
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
@@ -137,7 +137,7 @@ def carry_out(
 
 
 def save_record(path: Path, record: dict[str, Any] | Sequence[dict[str, Any]]) -> Path:
-    """Write JSON whole or not at all; returns the path."""
+    """Write JSON whole or not at all, with null for what is not finite; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(path, to_json(record, indent=1) + "\n")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +52,8 @@ def run(argv: list[str]) -> int:
     made.refuse(argv, useless, when)
     from rich.console import Console
 
+    from s2sam.analysis.plain_json import to_json
+
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
     if args.premise and args.jobs > 1:
@@ -61,7 +62,7 @@ def run(argv: list[str]) -> int:
     console = Console(highlight=False, stderr=args.json)
     records, paths = (premise if args.premise else sharpness)(args, folders, console)
     if args.json:
-        print(json.dumps(records))
+        print(to_json(records))
     for path in paths:
         console.print(str(path), markup=False, soft_wrap=True)
     return 0

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from s2sam.analysis.bound_words import ALL, BESIDE
+from s2sam.analysis.bound_words import ALL, BESIDE, unsided
 from s2sam.report.arm_bars import number
 from s2sam.report.arms import Arm
 from s2sam.report.bound_bars import DECADES, PARTS
@@ -55,6 +55,7 @@ def _words(results: Sequence[Result]) -> list[str]:
         line = f"{TITLES[name]}: at least {_span(totals)} nats in {n} run{'' if n == 1 else 's'}"
         if seen:
             line += f", where the mean {key.replace('_', ' ')} was {_span(seen)}"
+            line += _tested(results) if key == "test_loss" else ""
         empty = sum(total > guess for total in totals)
         costs = f"as guessing costs {guess:.3g}"
         if empty == 0:
@@ -62,6 +63,12 @@ def _words(results: Sequence[Result]) -> list[str]:
         else:
             others = "" if empty == n else ", and not shown to be in the others"
             lines.append(f"{line}; vacuous in {'all' if empty == n else empty} of them, {costs}{others}.")
+    old = sum(map(unsided, results))
+    if old:
+        lines.append(
+            f"In {old} of {n} runs mu was taken over all masks together, so where masks moved it is on no side, and "
+            "the last two right sides may be too large: measure them again with `s2sam bound`."
+        )
     broken = sum(r["step_condition"] > 1 for r in results)
     if broken:
         lines.append(
@@ -69,6 +76,20 @@ def _words(results: Sequence[Result]) -> list[str]:
             "apply."
         )
     return lines
+
+
+def _tested(results: Sequence[Result]) -> str:
+    """Of how many epochs the test loss is known, unless it is of all.
+
+    >>> _tested([{"measured": {"tested_epochs": 2, "epochs": 10}}, {"measured": {"tested_epochs": 4, "epochs": 10}}])
+    ' (2 to 4 of 10 epochs)'
+    """
+    counts = [(r["measured"].get("tested_epochs"), r["measured"].get("epochs")) for r in results]
+    known = [(tested, epochs) for tested, epochs in counts if tested is not None and epochs is not None]
+    if all(tested == epochs for tested, epochs in known):
+        return ""
+    spans = [f"{min(n)} to {max(n)}" if min(n) < max(n) else f"{n[0]}" for n in zip(*known, strict=True)]
+    return f" ({' of '.join(spans)} epochs)"
 
 
 def _terms(held: Held, arms: Sequence[Arm], base: str, name: str, key: str) -> Figure:

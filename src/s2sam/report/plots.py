@@ -154,8 +154,8 @@ def _curves(arms: Sequence[Arm], key: str, title: str, unit: str, label: str) ->
     more = f" Dashed: {context[0].base.lower()}, for orientation." if context else ""
     return Section(
         title,
-        f"Line: mean of the seeds; band: from the lowest to the highest seed; {looks}.{more} Bands that overlap at "
-        f"the end mean that the seeds do not separate the arms.",
+        f"Line: mean of the seeds; band: from the lowest to the highest seed; {looks}.{more} Bands may overlap "
+        "although the paired differences above show something; only those decide.",
         tuple(figures),
     )
 

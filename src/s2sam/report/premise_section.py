@@ -52,7 +52,7 @@ def premise_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
         "is e = rho g_t-1 / ||g_t-1|| a way up for the next batch? Odd part: (L(w + e) - L(w - e)) / 2; even part: "
         "(L(w + e) + L(w - e)) / 2 - L(w), for e along the previous gradient, along the batch's own and along noise, "
         f"all of one length. rho: {radii}. Colour: optimizer; line: mean of the seeds; band: from the lowest to the "
-        "highest; hollow: an eigenvalue that did not converge.",
+        f"highest; hollow: an eigenvalue that did not converge.{_after(held)}",
         tuple(figures),
         says=(*(words(arm, list(seeds.values())) for arm, seeds in held.by_arm.items()), *held.notes),
     )
@@ -60,23 +60,49 @@ def premise_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
 
 
 def words(arm: Arm, results: Sequence[Result]) -> str:
-    """What was seen at the last checkpoint of an arm's runs."""
-    last = [r["points"][-1] for r in results]
+    """What was seen at the last checkpoint before the end of an arm's runs; after the end if they have no other."""
+    last = [last_in_training(r["points"]) for r in results]
     n, looks = len(last), sum(p["looks"] for p in last)
     shares = [
         [p[f"{name}_rises"] for p in last if p.get(f"{name}_rises") is not None] for name in ("previous", "random")
     ]
     cosines = [value for p in last if (value := value_of(p.get("cosine"))) is not None]
     if not all(shares) or not cosines:
-        return f"{arm.name}: nothing could be looked at from the last checkpoint."
+        return f"{arm.name}: nothing could be looked at {place(last)}."
     interval = t_interval(cosines)
     between = ", no interval" if interval is None else f", 95 % interval {interval.low:+.3f} to {interval.high:+.3f}"
     return (
-        f"{arm.name}: from the last checkpoint on, the loss of the next batch rises along +g_t-1 in "
+        f"{arm.name}: {place(last)}, the loss of the next batch rises along +g_t-1 in "
         f"{100 * fmean(shares[0]):.0f} % of {looks} looks, and along noise of the same length in "
         f"{100 * fmean(shares[1]):.0f} %; the cosine of g_t and g_t-1 is {mean(cosines):+.3f} (n = {n} "
         f"run{'' if n == 1 else 's'}{between})."
     )
+
+
+def last_in_training(points: Sequence[Result]) -> Result:
+    """The last that steps of the training follow; from the end of a run on its weights hardly move any more.
+
+    >>> last_in_training([{"step": 4, "over": False}, {"step": 8, "over": True}])["step"]
+    4
+    """
+    return next((p for p in reversed(points) if not p.get("over")), points[-1])
+
+
+def place(points: Sequence[Result]) -> str:
+    """Where these points of several runs were looked at, and with which learning rates.
+
+    >>> place([{"step": 40, "lr": 0.05}, {"step": 40, "lr": 0.05}])
+    'from step 40 on, at learning rate 0.05'
+    >>> place([{"step": 40, "lr": 0.05}, {"step": 80, "lr": 0.0, "over": True}])
+    'from steps 40 to 80 on, at learning rates 0 to 0.05, in 1 of 2 runs after the end of training'
+    """
+    steps, rates = sorted({p["step"] for p in points}), sorted({p["lr"] for p in points})
+    over, n = sum(bool(p.get("over")) for p in points), len(points)
+    rate = f"at learning rate {rates[0]:g}" if len(rates) == 1 else f"at learning rates {rates[0]:g} to {rates[-1]:g}"
+    if over == n:
+        return f"after the end of training, {rate}"
+    step = f"from step {steps[0]:,} on" if len(steps) == 1 else f"from steps {steps[0]:,} to {steps[-1]:,} on"
+    return f"{step}, {rate}" + (f", in {over} of {n} runs after the end of training" if over else "")
 
 
 def curve_of(results: Sequence[Result], key: str) -> Curve | None:
@@ -92,6 +118,11 @@ def curve_of(results: Sequence[Result], key: str) -> Curve | None:
     if common:
         return stack([(common, [run[step] for step in common]) for run in known])
     return stack([(list(run), list(run.values())) for run in known])
+
+
+def _after(held: Held) -> str:
+    over = any(p.get("over") for r in held.results for p in r["points"])
+    return " The last point of a run may lie after its end, at the learning rate that is left there." if over else ""
 
 
 def _panel(held: Held, arms: Sequence[Arm], base: str, place: int, name: str) -> Figure | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from s2sam.analysis.sharpness import INVARIANT
-from s2sam.analysis.sharpness_compare import NAMES, match, rank, words
+from s2sam.analysis.sharpness import INVARIANT, SCALED
+from s2sam.analysis.sharpness_compare import NAMES, ONLY_SHOWN, match, rank, words
 from s2sam.analysis.sharpness_run import FILE
 from s2sam.report.arm_bars import Dot, arm_bars, number
 from s2sam.report.arms import Arm, reference_of
@@ -17,13 +17,13 @@ from s2sam.report.stats import paired_difference
 
 TOLERANCE = 0.1  #: of train losses that match, relative; the default of `s2sam sharpness`
 SHARED = ("settings", "split", "images", "data_digest", "augmentation", "weights")
-#: measure -> title and unit of its panel; the train loss first, then what is scale-invariant, then the raw ones
+#: measure -> title and unit of its panel; the train loss first, then what is scale-invariant, in units of ||w||, raw
 PANELS = {
     "train_loss": ("Train loss, which must match", "nats"),
-    "lambda_w2": ("lambda_max ||w||^2", "nats"),
-    "trace_w2_n": ("trace ||w||^2 / n", "nats"),
     "worst_adaptive": ("Adaptive worst case", "rise of the loss, nats"),
     "average_adaptive": ("Adaptive average", "rise of the loss, nats"),
+    "lambda_w2": ("lambda_max ||w||^2", "nats"),
+    "trace_w2_n": ("trace ||w||^2 / n", "nats"),
     "lambda_max": ("lambda_max, raw", "largest eigenvalue of the Hessian"),
     "trace": ("Trace, raw", "of the Hessian"),
     "worst": ("Worst case, raw", "rise of the loss, nats"),
@@ -50,9 +50,10 @@ def sharpness_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
         f"Curvature and rise of the mean cross entropy around the {first['weights']} weights, on the active ones, over "
         f"{first['images']:,} {first['split']} images, not augmented, BatchNorm {given['bn']}. A bar is the mean over "
         "the seeds, a dot one run, the thin line its spread over random draws. Hatched: an eigenvalue did not "
-        "converge, so that the bar is a lower bound, or there is no finite value. Raw measures change when weights are "
-        "rescaled without a change of the function; the curvature of the cross entropy falls with the loss, so look at "
-        "the train loss first. A flatter minimum does not show by itself that a network generalises better.",
+        "converge, so that the bar is a lower bound, or there is no finite value. Weights can be rescaled without a "
+        "change of the function: the adaptive measures stay the same, those with ||w||^2 only if all layers are "
+        "rescaled alike, and raw ones change. The curvature of the cross entropy falls with the loss, so look at the "
+        "train loss first. A flatter minimum does not show by itself that a network generalises better.",
         figures,
         says=(*sentences(held, arms), *held.notes),
     )
@@ -94,7 +95,7 @@ def sentences(held: Held, arms: Sequence[Arm]) -> list[str]:
         for arm in own:
             reference = reference_of(arm, arms)
             if reference in held.by_arm and reference is not None:
-                said += [_paired(held, arm, reference, name, rows, count) for name in INVARIANT]
+                said += [_paired(held, arm, reference, name, rows, count) for name in (*INVARIANT, *SCALED)]
     return said
 
 
@@ -104,8 +105,9 @@ def _short(arm: Arm, seed: int, held: Held) -> str:
 
 
 def _paired(held: Held, arm: Arm, reference: Arm, name: str, rows: Sequence[Result], count: int) -> str:
-    """The difference in one measure, over the seeds, and what its interval shows."""
-    start = f"{arm.base}, {NAMES[name]}: "
+    """The difference in one measure, over the seeds, and what its interval shows; nothing of one that is only shown."""
+    only_shown = name in SCALED
+    start = f"{arm.base}, {NAMES[name]}{f', {ONLY_SHOWN}' if only_shown else ''}: "
     a, b = held.by_arm[arm], held.by_arm[reference]
     bad = rank(rows, name).unreliable
     if bad:
@@ -116,6 +118,8 @@ def _paired(held: Held, arm: Arm, reference: Arm, name: str, rows: Sequence[Resu
         *({seed: float(r[name]["value"]) for seed, r in one.items()} for one in (a, b)), comparisons=count
     )
     said = f"{start}{arm.treatment} minus {reference.treatment} is {number(found.mean, sign=True)}"
+    if only_shown:
+        return f"{said} (n = {found.n}); no verdict goes by it."
     interval = found.simultaneous
     if interval is None:
         return f"{said} (n = {found.n}, no interval)."
