@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 Colour = Callable[[int], str]  #: of a run; `svg.series_colour` for the page, in its `svg.style()`
-#: measure -> title of its panel; the raw ones first, then the scale-invariant ones
+#: measure -> title of its panel; the raw ones first, then those in units of the weights, and the adaptive one
 BARS = {
     "lambda_max": "$\\lambda_{max}$", "trace": "trace", "worst": "worst case", "m_sharpness": "m-sharpness",
     "lambda_w2": "$\\lambda_{max} ||w||^2$", "trace_w2_n": "trace $||w||^2 / n$",
