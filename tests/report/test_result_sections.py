@@ -388,7 +388,7 @@ def test_the_joint_page_is_quiet_and_fits(joint_page, browser, width, dark):
     errors, requests, evaluate = browser.open(joint_page.as_uri(), width=width, dark=dark)
     assert errors == [] and requests == []
     assert evaluate("document.documentElement.scrollWidth") <= width
-    assert evaluate("document.querySelectorAll('ul.says li').length") == 4 + 2 + 1 + 1 + 5
+    assert evaluate("document.querySelectorAll('ul.says li').length") == 4 + 2 + 1 + 1 + 6
     outside = evaluate(
         "[...document.querySelectorAll('figure')].flatMap(f => { const box = f.getBoundingClientRect();"
         " return [...f.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();"

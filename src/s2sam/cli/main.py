@@ -17,6 +17,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -43,6 +44,8 @@ Start with: s2sam demo, or s2sam train --out runs/first"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 2 wrong use, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # as a program
+        warnings.formatwarning = _warning
     try:
         return dispatch(args)
     except KeyboardInterrupt:
@@ -61,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("s2sam: error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 2
+
+
+def _warning(message: Warning | str, *_: object, **__: object) -> str:
+    return f"s2sam: warning: {message}\n"
 
 
 def dispatch(args: list[str]) -> int:
