@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from s2sam.report.stats import Difference, deviation, paired_difference, t_interval
-from study import CELLS, CONFIRMED, HERE, PAPER, arms, baseline, chosen, rows, screening_stage
+from study import CELLS, CONFIRMED, HERE, NOISE, PAPER, STAGE_4, arms, baseline, chosen, rows, screening_stage
 
 EQUIVALENT = 0.5  #: points
 SUPERSEDED = "Superseded: SGD's choice of stage 1 has moved since, and screening 2 begins anew."
@@ -17,7 +17,7 @@ SCREENING = (
     "under augmentation in the last epoch, at the displaced weights. e/w: mean ||e|| over final ||w||. alignment: "
     "mean cosine of g_t and d_{t-1}."
 )
-NOISE = "noise like the candidate"
+PRIMARY = 2  #: primary contrasts: stages 3 and 4
 Row = dict[str, Any]
 Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 
@@ -28,7 +28,7 @@ def report() -> str:
     stages = {row["stage"] for row in rows()}
     sections = {
         "baselines": baselines, "screening": screening, "screening 2": screening, "joint": joint,
-        "confirmation": confirmation,
+        "confirmation": confirmation, STAGE_4: on_nesterov, "confirmation 2": second, "density": density,
     }  # fmt: skip
     for stage, section in sections.items():
         if stage in stages:
@@ -81,14 +81,23 @@ def screening(found: Sequence[Row]) -> list[str]:
 
 def joint(found: Sequence[Row]) -> list[str]:
     """The best arms at the settings where Nesterov validated best."""
+    title = "Stage 2: joint, learning rate and weight decay for the best arms"
+    return trials(f"## {title} (static ERK 80 %, validation accuracy, %)", found)
+
+
+def on_nesterov(found: Sequence[Row]) -> list[str]:
+    """Displacements on top of Nesterov, beside Nesterov alone."""
+    alone = [row for row in rows() if row["stage"] == screening_stage() and row["arm"] == baseline()]
+    return trials("## Stage 4: on top of Nesterov (static ERK 80 %, validation accuracy, %)", [*found, *alone])
+
+
+def trials(title: str, found: Sequence[Row]) -> list[str]:
+    """Arms by mean validation accuracy."""
     lines = [
         [name, f"{len(seeds)}", f"{mean(seeds, 'val_top1'):.2f}", spread(seeds, "val_top1"), ratio(seeds)]
         for name, seeds in sorted(by_arm(found).items(), key=lambda item: -mean(item[1], "val_top1"))
     ]
-    return [
-        "## Stage 2: joint, learning rate and weight decay for the best arms (static ERK 80 %, validation accuracy, %)",
-        table(["trial", "n", "mean", "sd", "e/w"], lines),
-    ]
+    return [title, table(["trial", "n", "mean", "sd", "e/w"], lines)]
 
 
 def findings() -> list[tuple[str, Difference]]:
@@ -113,7 +122,8 @@ def design(found: Sequence[Row]) -> tuple[Cells, str, str]:
     cells = {cell: by_arm([row for row in found if row["cell"] == cell]) for cell in CELLS}
     reference = baseline()
     names = next(iter(cells.values()))
-    candidates = (arm for arm in names if arm not in (reference, NOISE) and not is_paper(arm))
+    context = {*arms()["baselines"], NOISE}
+    candidates = (arm for arm in names if arm not in context and not is_paper(arm))
     return cells, next(candidates, ""), reference
 
 
@@ -129,29 +139,81 @@ def confirmation(found: Sequence[Row]) -> list[str]:
     parts = ["## Stage 3: confirmation on fresh seeds (test accuracy of the last epoch, %, mean ± sd)"]
     if candidate not in names:
         return [*parts, f"Under way: {len(found)} runs are done."]
-    lines = [
-        [arm, *(f"{mean(cells[c][arm], 'test_top1'):.2f} ± {spread(cells[c][arm], 'test_top1')}" for c in CELLS)]
-        for arm in (reference, *names)
-    ]
-    parts.append(table(["arm", *CELLS], lines))
-    contrasts = []
-    for arm in names:
-        whole = pooled(cells, arm, reference)
-        contrasts.append([f"{arm} minus {reference}", *words(whole, simultaneous=False)])
-        for cell in CELLS:
-            gap = paired_difference(
-                column(cells[cell][arm], "test_top1"), column(cells[cell][reference], "test_top1"),
-                comparisons=len(CELLS),
-            )  # fmt: skip
-            contrasts.append([f"- {cell}", *words(gap, simultaneous=True)])
     papers = [arm for arm in names if is_paper(arm)]
+    others = [*papers, *(arm for arm in names if arm in arms()["baselines"])]
+    contrasts = [line for arm in names for line in against(cells, arm, reference)]
     contrasts += [
-        [f"{candidate} minus {arm}", *words(pooled(cells, candidate, arm), simultaneous=False)] for arm in papers
+        [f"{candidate} minus {arm}", *words(pooled(cells, candidate, arm), simultaneous=False)] for arm in others
     ]
-    parts.append(table(["difference, points", "mean", "95 % interval", "n"], contrasts))
     primary = pooled(cells, candidate, reference)
-    parts += [verdict(candidate, reference, primary), sparsity_contrast(cells, candidate, reference)]
-    return parts
+    return [
+        *parts, accuracies(cells, (reference, *names)), differences(contrasts),
+        verdict("Primary contrast", candidate, reference, primary), sparsity_contrast(cells, candidate, reference),
+    ]  # fmt: skip
+
+
+def second(found: Sequence[Row]) -> list[str]:
+    """Stage 4: the second candidate against Nesterov, and both primary contrasts together."""
+    cells, reference = with_baseline(found), baseline()
+    parts = ["## Stage 4: on top of Nesterov, fresh seeds (test accuracy of the last epoch, %, mean ± sd)"]
+    names = compared(cells, reference)
+    if not names:
+        return [*parts, f"Under way: {len(found)} runs are done."]
+    (candidate,) = names
+    first_cells, earlier, _ = design([row for row in rows() if row["stage"] == "confirmation"])
+    both = [
+        verdict("Second primary contrast", candidate, reference, pooled(cells, candidate, reference), PRIMARY),
+        verdict("First primary contrast again", earlier, reference, pooled(first_cells, earlier, reference), PRIMARY),
+    ]
+    return [
+        *parts, accuracies(cells, (reference, candidate)), differences(against(cells, candidate, reference)), *both,
+        sparsity_contrast(cells, candidate, reference),
+    ]  # fmt: skip
+
+
+def density(found: Sequence[Row]) -> list[str]:
+    """The paper's arm at 90 % with rho x sqrt(density) against itself with constant rho, and against Nesterov."""
+    cells = {place: groups for place, groups in with_baseline(found, "confirmation").items() if place.endswith("90")}
+    parts = ["## rho x sqrt(density), cells at 90 % (test accuracy of the last epoch, %, mean ± sd)"]
+    reference = baseline()
+    (scaled,) = {row["arm"] for row in found}
+    if any(len(groups[scaled]) < len(CONFIRMED) for groups in cells.values()):
+        return [*parts, f"Under way: {len(found)} runs are done."]
+    (constant,) = (arm for arm in next(iter(cells.values())) if is_paper(arm) and arm != scaled)
+    lines = [line for other in (constant, reference) for line in against(cells, scaled, other)]
+    return [*parts, accuracies(cells, (reference, constant, scaled)), differences(lines)]
+
+
+def with_baseline(found: Sequence[Row], stage: str | None = None) -> Cells:
+    """Rows beside the baseline on the same seeds: run again by the same code if that gave other numbers."""
+    everything = rows()
+    again = [row for row in everything if row["stage"] == "again"]
+    source = stage or ("again" if len(again) == len(CELLS) * len(CONFIRMED) else "confirmation")
+    wanted = [row for row in everything if row["stage"] == source and (stage or row["arm"] == baseline())]
+    return design([*wanted, *found])[0]
+
+
+def accuracies(cells: Cells, names: Sequence[str]) -> str:
+    """Arms by cells."""
+    lines = [
+        [arm, *(f"{mean(cells[c][arm], 'test_top1'):.2f} ± {spread(cells[c][arm], 'test_top1')}" for c in cells)]
+        for arm in names
+    ]
+    return table(["arm", *cells], lines)
+
+
+def against(cells: Cells, arm: str, reference: str) -> list[list[str]]:
+    """The pooled difference, and each cell's with Bonferroni over the cells."""
+    lines = [[f"{arm} minus {reference}", *words(pooled(cells, arm, reference), simultaneous=False)]]
+    for cell, groups in cells.items():
+        columns = (column(groups[name], "test_top1") for name in (arm, reference))
+        lines.append([f"- {cell}", *words(paired_difference(*columns, comparisons=len(cells)), simultaneous=True)])
+    return lines
+
+
+def differences(lines: Sequence[Sequence[str]]) -> str:
+    """Contrasts with their intervals."""
+    return table(["difference, points", "mean", "95 % interval", "n"], lines)
 
 
 def pooled(cells: Cells, arm: str, reference: str) -> Difference:
@@ -160,7 +222,7 @@ def pooled(cells: Cells, arm: str, reference: str) -> Difference:
         {seed: fmean(100 * groups[name][seed]["test_top1"] for groups in cells.values()) for seed in first(cells, name)}
         for name in (arm, reference)
     ]
-    return paired_difference(*means)
+    return paired_difference(*means, comparisons=PRIMARY)
 
 
 def sparsity_contrast(cells: Cells, arm: str, reference: str) -> str:
@@ -180,11 +242,11 @@ def sparsity_contrast(cells: Cells, arm: str, reference: str) -> str:
     return f"**Higher sparsity**: {contrast}."
 
 
-def verdict(candidate: str, reference: str, gap: Difference) -> str:
-    """The primary contrast in plain words."""
-    interval = gap.interval
+def verdict(title: str, candidate: str, reference: str, gap: Difference, primary: int = 1) -> str:
+    """A primary contrast in plain words; with `primary` of them, by intervals that hold together."""
+    interval = gap.interval if primary == 1 else gap.simultaneous
     if interval is None:
-        return f"**Primary contrast**: {candidate} minus {reference}: {gap.mean:+.2f} points; no interval can be given."
+        return f"**{title}**: {candidate} minus {reference}: {gap.mean:+.2f} points; no interval can be given."
     if interval.low > 0:
         said = f"{candidate} is better"
     elif interval.high < 0:
@@ -194,8 +256,8 @@ def verdict(candidate: str, reference: str, gap: Difference) -> str:
     else:
         said = "these runs cannot tell them apart"
     return (
-        f"**Primary contrast**: {candidate} minus {reference}, mean over the cells: {gap.mean:+.2f} points, 95 % "
-        f"interval [{interval.low:+.2f}, {interval.high:+.2f}], n = {gap.n} seeds: {said}."
+        f"**{title}**: {candidate} minus {reference}, mean over the cells: {gap.mean:+.2f} points, "
+        f"{100 - 5 / primary:g} % interval [{interval.low:+.2f}, {interval.high:+.2f}], n = {gap.n} seeds: {said}."
     )
 
 

@@ -1,7 +1,7 @@
 """Screening and confirmation of displacement directions; protocol.md says what is done and why.
 
     python results/direction-study/study.py data --source FOLDER   # proxy.npz from CIFAR-10 as parquet files
-    python results/direction-study/study.py baselines|screening|confirmation [--jobs 2]
+    python results/direction-study/study.py baselines|screening|confirmation|nesterov [--jobs 2]
     python results/direction-study/study.py report                 # raw.csv -> tables on the screen and in report.md
 
 Every stage can be stopped and repeated: finished runs stand in raw.csv and are not run again.
@@ -30,6 +30,8 @@ HERE = Path(__file__).resolve().parent
 RAW, DATA, RUNS = HERE / "raw.csv", HERE / "proxy.npz", HERE / "runs"
 CHANCE, PAPER = 0.25, "+g-0.05"
 CLASSES = ("airplane", "automobile", "ship", "truck")
+NOISE, STAGE_4 = "noise like the candidate", "on nesterov"
+DENSITY_FACTOR = (0.1 / 0.2) ** 0.5  #: of rho at 90 %, for the root mean square of e at an active weight that 80 % has
 SCREENED, CONFIRMED = range(8), range(1000, 1008)
 CELLS = {"static80": ("static", 0.8), "static90": ("static", 0.9), "rigl80": ("rigl", 0.8), "rigl90": ("rigl", 0.9)}
 COMMON: dict[str, Any] = {
@@ -144,9 +146,9 @@ def arms() -> dict[str, Any]:
     return found
 
 
-def settings_grid() -> list[dict[str, Any]]:
-    """The settings of stage 1."""
-    grid = arms()["grid"]
+def settings_grid(grid: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The settings of a grid; without one, those of stage 1."""
+    grid = grid or arms()["grid"]
     return [{"lr": lr, "optim.weight_decay": wd} for lr in grid["lr"] for wd in grid["optim.weight_decay"]]
 
 
@@ -270,15 +272,68 @@ def confirmation(jobs: int) -> None:
         lengths = [r["displacement"] for r in rows() if r["stage"] != "confirmation" and r["arm"] == candidate]
         noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
     primary = {baseline(): everything[baseline()], candidate: everything[candidate]}
-    for wanted in (primary, {paper(): everything[paper()]}, {"noise like the candidate": noise}):
-        todo = [(cell, arm, seed, changes) for seed in CONFIRMED for cell in CELLS for arm, changes in wanted.items()]
-        run("confirmation", todo, jobs)
+    context = {NOISE: noise}, {arm: everything[arm] for arm in arms()["baselines"]}
+    for wanted in (primary, {paper(): everything[paper()]}, *context):
+        confirm("confirmation", wanted, jobs)
+
+
+def confirm(stage: str, wanted: Mapping[str, Mapping[str, Any]], jobs: int, cells: Iterable[str] = CELLS) -> None:
+    """Arms on the fresh seeds, all cells of a seed before the next seed."""
+    places = tuple(cells)
+    run(stage, [(cell, arm, seed, wanted[arm]) for seed in CONFIRMED for cell in places for arm in wanted], jobs)
+
+
+def on_nesterov() -> dict[str, dict[str, Any]]:
+    """The trials of stage 4: arm and setting -> its changes."""
+    found, base = arms()["on nesterov"], {"optim.nesterov": True}
+    return {
+        label(f"nesterov {arm}", at): base | changes | at
+        for arm, changes in found["arms"].items()
+        for at in settings_grid(found["grid"])
+    }
+
+
+def second_candidate(jobs: int) -> str:
+    """Stage 4's screening; returns the trial that validated best over 8 seeds."""
+    trials, control = on_nesterov(), arms()["on nesterov"]["control"]
+    run(STAGE_4, [("static80", name, seed, trials[name]) for name in trials for seed in (0, 1)], jobs)
+    scores = means(STAGE_4, "static80", seeds=(0, 1))
+    best = by_score([name for name in trials if control not in name], scores)[:2]
+    run(STAGE_4, [("static80", name, seed, trials[name]) for name in best for seed in range(2, 8)], jobs)
+    scores = means(STAGE_4, "static80")
+    return max(best, key=lambda name: scores[name])
+
+
+def repeated() -> bool:
+    """Whether today's code gives the stored runs of the better baseline again, as far as "again" has them."""
+    keys, found = ("test_top1", "train_loss", "weight_norm"), [r for r in rows() if r["arm"] == baseline()]
+    stored, now = (
+        {(r["cell"], r["seed"]): [r[key] for key in keys] for r in found if r["stage"] == stage}
+        for stage in ("confirmation", "again")
+    )
+    return all(stored[place] == values for place, values in now.items())
+
+
+def stage_4(jobs: int) -> None:
+    """Displacements on top of Nesterov; the paper's arm with rho x sqrt(density)."""
+    everything, reference = treatments(), baseline()
+    run("again", [(cell, reference, CONFIRMED[0], everything[reference]) for cell in CELLS], jobs)
+    if not repeated():
+        confirm("again", {reference: everything[reference]}, jobs)
+    candidate = second_candidate(jobs)
+    confirm("confirmation 2", {candidate: on_nesterov()[candidate]}, jobs)
+    sparser = {**everything[paper()]}
+    sparser["rho"] *= DENSITY_FACTOR
+    confirm("density", {f"{paper()} x sqrt(density)": sparser}, jobs, [cell for cell in CELLS if cell.endswith("90")])
+
+
+STAGES = {"baselines": baselines, "screening": screening, "confirmation": confirmation, "nesterov": stage_4}
 
 
 def main() -> None:
     """One stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("data", "baselines", "screening", "confirmation", "report"))
+    parser.add_argument("stage", choices=("data", *STAGES, "report"))
     parser.add_argument("--source", type=Path, help="folder with train.parquet and test.parquet of CIFAR-10")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
@@ -293,7 +348,7 @@ def main() -> None:
     else:
         if not DATA.exists():
             parser.error("proxy.npz is missing; make it with the stage 'data'")
-        {"baselines": baselines, "screening": screening, "confirmation": confirmation}[options.stage](options.jobs)
+        STAGES[options.stage](options.jobs)
 
 
 if __name__ == "__main__":
