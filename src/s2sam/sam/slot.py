@@ -1,4 +1,8 @@
-"""One optimizer's share of S2SAM: its buffers, its window, and what goes into its state_dict."""
+"""One optimizer's share of S2SAM: its buffers, its window, and what goes into its state_dict.
+
+An open autocast context keeps the low-precision copies of weights that it has made, and takes no notice of weights that
+move in place: wherever they do here, those copies are cleared.
+"""
 
 from __future__ import annotations
 
@@ -127,6 +131,7 @@ class Slot:
             for p in block.p:
                 self.twins.pop(id(p), None)
         self.blocks, self.open = blocks, True
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def restore(self, *, keep: bool, flag: Flag | None = None) -> None:
@@ -153,6 +158,7 @@ class Slot:
                 restore_(block.p, block.b)
                 self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def peek(self) -> None:
@@ -162,6 +168,7 @@ class Slot:
         """
         for block in self.blocks:
             swap_([p.data for p in block.p], block.b)
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def store(self, *, flag: Flag | None, may_create: bool) -> None:

@@ -118,6 +118,7 @@ class SAM:
                 c = self.scale.coefficient(rho, norm, size).to(ps[0].device)
                 for w, d in pieces(ps, g):
                     torch._foreach_add_(w, torch._foreach_mul(self.scale.shaped(d, w), c))
+        torch.clear_autocast_cache()  # copies of the weights in an open autocast context, which moving in place leaves
         self.optimizer.zero_grad(set_to_none=True)
         try:
             yield
@@ -125,6 +126,7 @@ class SAM:
             with torch.no_grad():
                 for (_, ps), saved in zip(blocks, weights, strict=True):
                     restore_(ps, saved)
+            torch.clear_autocast_cache()
 
     @contextmanager
     def _frozen_buffers(self) -> Iterator[None]:
