@@ -191,6 +191,17 @@ def test_an_interruption_leaves_every_weight_bit_for_bit(images, error):
     assert all(p.grad is None for p in (*model.parameters(), *loss.parameters))
 
 
+def test_statistics_of_single_images_are_refused(images):
+    x, y = images
+    normed, bare = network(), nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3))
+    with pytest.raises(ValueError, match="3 images in batches of at most 2 leave one of a single image"):
+        ActiveLoss(normed, x[:3], y[:3], bn="train", batch_size=2)
+    with pytest.raises(ValueError, match="leave one of a single image"):
+        ActiveLoss(normed, x[:4], y[:4], bn="train").split(1)
+    assert ActiveLoss(normed, x[:3], y[:3], batch_size=2).loss() > 0  # the network's own statistics
+    assert ActiveLoss(bare, x[:1], y[:1], bn="train").loss() > 0  # no BatchNorm
+
+
 def test_wrong_use_is_refused(images, masks):
     x, y = images
     model = network()

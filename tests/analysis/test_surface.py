@@ -215,7 +215,20 @@ def test_what_a_landscape_needs(net, images):
     for model, x_, y_, settings, sentence in [
         (bare, x[:0], y[:0], SMALL, "needs images"),
         (bare, x, y, again, "no BatchNorm statistics"),
-        (net[0], x, y, again, "needs calibration images"),
+        (net[0], x, y, again, "needs at least 2 calibration images"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             Landscape(model, x_, y_, plain, settings)
+    with pytest.raises(ValueError, match="as many as the others, got 1"):
+        Landscape(net[0], x[:1], y[:1], plain, again, calibration=x[:1])
+
+
+def test_a_landscape_that_is_open_is_not_opened_again(net, images):
+    model, masks = net
+    before = state(model)
+    landscape = Landscape(model, *images, plain, SMALL, masks)
+    with landscape.open():
+        landscape.at((0, 0, 0))
+        with pytest.raises(RuntimeError, match="is open already"), landscape.open():
+            pass
+    assert same(state(model), before)

@@ -168,12 +168,20 @@ def test_ctrl_c_leaves_runs_and_files_whole(runs, tmp_path, monkeypatch, capsys)
      (["--queries", "2"], "at least 6 products"), (["--weights", "ema"], "kept no average"),
      (["--seed", "-3"], "seed must be"), (["--premise", "--looks", "1"], "looks must be"),
      (["--premise", "--images", "0"], "images must be"),
+     (["--bn", "train", "--group", "1"], "a group of one image has no statistics"),
      (["--premise", "--steps=3"], "--steps has no effect with --premise; leave it out"),
      (["--premise", "--split", "train"], "--split has no effect with --premise"),
      (["--looks", "20"], "--looks has no effect without --premise")],
 )  # fmt: skip
 def test_wrong_use_is_one_sentence(runs, tmp_path, capsys, argv, sentence):
     assert sentence in refused(capsys, runs / "dense", "--out", tmp_path, *argv)
+
+
+@pytest.mark.parametrize("premise", [[], ["--premise"]])
+def test_a_file_where_the_results_should_go_is_told_before_anything_is_measured(runs, tmp_path, capsys, premise):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "goes through a file" in refused(capsys, runs / "dense", "--out", out, *premise)
 
 
 @pytest.mark.parametrize("premise", [[], ["--premise"]])

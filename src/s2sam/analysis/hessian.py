@@ -30,6 +30,16 @@ from s2sam.sparse.names import unknown
 BN_MODES = ("eval", "train")
 
 
+def batch_sizes(images: int, most: int) -> list[int]:
+    """As few batches of at most `most` images as hold them all, as equal as can be.
+
+    >>> batch_sizes(260, 250), batch_sizes(10, 4)
+    ([130, 130], [4, 3, 3])
+    """
+    count = math.ceil(images / most)
+    return [images // count + (i < images % count) for i in range(count)]
+
+
 class ActiveLoss:
     """Mean cross entropy over fixed images, on the active weights of a copy of a network.
 
@@ -91,6 +101,7 @@ class ActiveLoss:
         for module in self.model.modules():
             if bn == "train" and isinstance(module, _BatchNorm):
                 module.train()
+        self._check_batches()
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         masks = masks or {}
         for name, mask in masks.items():
@@ -139,6 +150,7 @@ class ActiveLoss:
             rows = slice(i * images, (i + 1) * images)
             part.x, part.y, part.passes = self.x[rows], self.y[rows], dict.fromkeys(self.passes, 0)
             part.batch_size = min(self.batch_size, images)
+            part._check_batches()
             parts.append(part)
         return parts
 
@@ -202,8 +214,16 @@ class ActiveLoss:
 
     def _batches(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Those of this rank."""
-        count = math.ceil(len(self.x) / self.batch_size)
-        return self.ranks.share(list(zip(self.x.tensor_split(count), self.y.tensor_split(count), strict=True)))
+        sizes = batch_sizes(len(self.x), self.batch_size)
+        return self.ranks.share(list(zip(self.x.split(sizes), self.y.split(sizes), strict=True)))
+
+    def _check_batches(self) -> None:
+        least = min(batch_sizes(len(self.x), self.batch_size))
+        if least < 2 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
+            raise ValueError(
+                f"BatchNorm takes the statistics of each batch here, and {len(self.x)} images in batches of at most "
+                f"{self.batch_size} leave one of a single image; take more images or another batch size"
+            )
 
     def _part(self, x: Tensor, y: Tensor) -> Tensor:
         """The share of a batch in the mean loss: those of all batches add up to it."""

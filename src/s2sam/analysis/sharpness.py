@@ -101,6 +101,8 @@ class SharpnessSettings:
         number("tolerance", self.tolerance, 1e-12, below=1.0)
         if self.bn not in BN_MODES:
             raise unknown("BatchNorm mode", self.bn, BN_MODES)
+        if self.bn == "train" and self.group < 2:
+            raise ValueError("a group of one image has no statistics of its own; take a larger group, or bn eval")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, list(PRECISIONS))
 

@@ -125,15 +125,20 @@ class Landscape:
             raise ValueError("a surface needs images, and there are none; choose another split")
         if settings.bn == "recalibrated" and not self._norms:
             raise ValueError("the network has no BatchNorm statistics to estimate anew; leave bn at eval")
-        if settings.bn == "recalibrated" and (calibration is None or len(calibration) == 0):
-            raise ValueError("bn recalibrated needs calibration images, and there are none")
+        if settings.bn == "recalibrated" and (calibration is None or len(calibration) < 2):
+            found = 0 if calibration is None else len(calibration)
+            raise ValueError(f"bn recalibrated needs at least 2 calibration images, as many as the others, got {found}")
         self._weights: list[Tensor] = []  # while open: the parameters, their copies, and the directions of a pair
         self._origin: list[Tensor] = []
         self._pair: tuple[int, list[list[Tensor]]] | None = None
 
     @contextmanager
     def open(self) -> Iterator[Landscape]:
-        """Within the block :meth:`at` may move the weights."""
+        """Within the block :meth:`at` may move the weights. Raises RuntimeError if it is open already."""
+        if self._weights:
+            raise RuntimeError(
+                "the landscape is open already, and its weights may be elsewhere; leave that block first"
+            )
         self._weights = [p.detach() for p in movable(self.model).values()]
         self._origin = [p.clone() for p in self._weights]
         buffers = [buffer for norm in self._norms for buffer in norm.buffers()]

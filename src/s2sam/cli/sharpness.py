@@ -117,6 +117,7 @@ def sharpness(
     from s2sam.analysis.sharpness import SharpnessSettings
     from s2sam.analysis.sharpness_compare import words
     from s2sam.analysis.sharpness_run import FILE, measure_run, save_record
+    from s2sam.report.bound_plots import check_folder
     from s2sam.report.sharpness_plots import draw_bars, draw_densities
     from s2sam.train.config import number
     from s2sam.train.processes import terminable
@@ -129,6 +130,7 @@ def sharpness(
         precision=args.precision, batch_size=args.batch, seed=args.seed,
     )  # fmt: skip
     data, records, out = load_common(folders), [], Path(args.out)
+    check_folder(out)
     with terminable(), progress(console, "passes") as show:
         for folder, label in zip(folders, labels(folders), strict=True):
             records.append(
@@ -155,6 +157,7 @@ def premise(
     from s2sam.analysis.opened import load_common
     from s2sam.analysis.premise_run import FILE, PremiseSettings, find_checkpoints, measure_premise
     from s2sam.analysis.sharpness_run import save_record
+    from s2sam.report.bound_plots import check_folder
     from s2sam.report.sharpness_plots import draw_premise
 
     settings = PremiseSettings(
@@ -163,6 +166,7 @@ def premise(
     )  # fmt: skip
     load_common(folders)
     records, out = [], Path(args.out)
+    check_folder(out)
     counts = [len(find_checkpoints(folder)) for folder in folders]
     with progress(console, "looks") as show:
         for folder, label, count in zip(folders, labels(folders), counts, strict=True):
@@ -215,9 +219,13 @@ def cell(row: dict[str, Any], key: str) -> str:
 
 def notes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the numbers depend on, in sentences."""
+    from s2sam.analysis.hessian import batch_sizes
+
     row = records[0]
     given = row["settings"]
-    norms = "the run's own statistics" if given["bn"] == "eval" else f"those of batches of {given['batch_size']} images"
+    sizes = batch_sizes(row["images"], given["batch_size"])
+    each = " or ".join(map(str, sorted(set(sizes))))
+    norms = "the run's own statistics" if given["bn"] == "eval" else f"those of each batch, {each} images, or group"
     lines = [
         f"mean cross entropy in nats over {row['images']:,} of {row['all_images']:,} {row['split']} images, not "
         f"augmented (digest {row['data_digest'][:12]}); train loss over {row['train_images']:,}; BatchNorm: {norms}; "

@@ -76,10 +76,14 @@ def save_png(figure: Figure, path: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make it with its parents. Raises ValueError if a file is in the way."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{folder} is or goes through a file; give --out the name of a folder") from None
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError if a file is in the way; nothing is made."""
+    if not next(path for path in (folder, *folder.absolute().parents) if path.exists()).is_dir():
+        raise ValueError(f"{folder} is or goes through a file; give --out the name of a folder")
 
 
 def as_json(suite: Suite) -> dict[str, Any]:
