@@ -95,6 +95,16 @@ def test_part_of_a_table_says_so(table, tmp_path, capsys):
     assert "missing" not in printed
 
 
+def test_settings_of_all_runs_win_over_the_budget_and_are_said(table, tmp_path, capsys):
+    given = ["--budget", "smoke", "--set", "epochs=2", "optim.momentum=0.5", "--out", tmp_path / "out"]
+    _, printed, _ = call(capsys, table, *given, "--list")
+    assert "scaled: epochs 100 -> 2" in printed and "scaled: optim.momentum 0.9 -> 0.5" in printed
+    assert call(capsys, table, *given, "--jobs", 1)[0] == 0
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (config["epochs"], config["optim"]["momentum"]) == (2, 0.5)
+
+
 def test_a_failure_is_told_by_the_exit_code(table, tmp_path, capsys):
     bad = tmp_path / "out" / "runs" / "cifar-10_rigl_90_sgd_seed0"
     bad.mkdir(parents=True)
@@ -118,6 +128,11 @@ def test_a_failure_is_told_by_the_exit_code(table, tmp_path, capsys):
         (["1", "--budget", "smoke", "--jobs", "0"], "--jobs must be at least 1"),
         (["1", "--budget", "smoke", "--seeds", "1", "1"], "none twice"),
         (["1", "--budget", "smoke", "--launcher-option", "a=1"], "needs --launcher ray or --launcher slurm"),
+        (["1", "--budget", "smoke", "--set", "epoch=3"], "unknown key 'epoch' in --set; did you mean 'epochs'?"),
+        (["1", "--budget", "smoke", "--set", "sam.scope=norm"], "sam.scope cannot stand in --set, as it is what columns"),
+        (["1", "--budget", "smoke", "--set", "rho=.1"], "rho cannot stand in --set, as"),
+        (["1", "--budget", "smoke", "--set", "lr=[1"], "--set lr takes a value in YAML, not '[1'"),
+        (["1", "--budget", "smoke", "--set", "lr=fast"], "lr must be"),
         (["2", "--budget", "smoke", "--mode", "tuned"], "declares no search"),
         (["none.yaml"], "there is no table at none.yaml"),
     ],

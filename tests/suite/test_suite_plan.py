@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 
 from s2sam.suite.matched import check_matched
 from s2sam.suite.plan import make_plan, slug
-from s2sam.suite.schema import load_suite
+from s2sam.suite.schema import load_suite, tables
 from s2sam.train.config import TrainConfig
+from s2sam.train.state import build
 
 
 def test_every_cell_column_and_seed_is_one_run(small, plan_of):
@@ -38,10 +40,51 @@ def test_every_cell_column_and_seed_is_one_run(small, plan_of):
 )
 def test_unmatched_columns_are_refused_with_the_key(small, plan_of, settings, key):
     small["columns"]["S2-SAM"] |= settings
-    with pytest.raises(ValueError, match="unmatched columns") as error:
+    with pytest.raises(ValueError, match="unmatched columns.*in mode matched") as error:
         plan_of(small)
     assert key in str(error.value)
-    assert plan_of(small, mode="tuned").mode == "tuned"
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"epochs": 3}, "epochs is 1 in SGD and 3 in S2-SAM"),
+        ({"data_options.train_size": 400}, "data_options.train_size is 200 in SGD and 400 in S2-SAM"),
+        ({"model_options": {"width": 1.0}}, "model_options.width"),
+        ({"data_options.split_seed": 1}, "data_options.split_seed"),
+        ({"batch_size": 32}, "batch_size"),
+        ({"method": "rigl"}, "method"),
+        ({"sparse.options": {"delta_t": 5}}, "sparse.options"),
+    ],
+)
+def test_mode_tuned_refuses_what_no_search_could_tune(small, plan_of, settings, key):
+    small["columns"]["S2-SAM"] |= settings
+    with pytest.raises(ValueError, match="unmatched columns.*in mode tuned") as error:
+        plan_of(small, mode="tuned")
+    assert key in str(error.value)
+
+
+def test_mode_tuned_leaves_the_treatment_and_what_a_grid_may_hold_free(small, plan_of):
+    own = {"lr": 0.2, "optim.weight_decay": 1e-4, "optim.nesterov": True, "schedule.warmup_epochs": 0.5, "sam.sign": -1}
+    small["columns"]["S2-SAM"] |= own
+    config = plan_of(small, mode="tuned").runs()[1].config
+    assert (config.lr, config.optim.weight_decay, config.optim.nesterov) == (0.2, 1e-4, True)
+    assert (config.schedule.warmup_epochs, config.sam.sign) == (0.5, -1)
+
+
+@pytest.mark.parametrize("mode", ["matched", "tuned"])
+def test_a_baseline_is_a_plain_optimizer(small, plan_of, mode):
+    small["columns"]["S2-SAM"]["optim.nesterov"] = True
+    with pytest.raises(ValueError, match="S2-SAM in `baselines` has sharpness s2sam"):
+        plan_of(small | {"baselines": ["S2-SAM"]}, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["matched", "tuned"])
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_the_columns_of_every_table_of_the_package_are_fit_for_its_modes(name, mode):
+    suite = load_suite(name)
+    for budget in suite.budgets:
+        assert make_plan(suite, budget=budget, mode=mode, read_only=True).cells
 
 
 def test_the_treatment_may_differ_and_a_declared_baseline_may_use_nesterov(small, plan_of):
@@ -106,6 +149,32 @@ def test_smoke_says_what_it_scaled():
     assert "blocks CIFAR-10 of CIFAR-10, CIFAR-100" in plan.scaled
     assert {"rigl.delta_t 100 -> 5", "mest.delta_t 3520 -> 5"} <= set(plan.scaled)
     assert plan.missing == ()
+
+
+def test_fewer_rounds_of_a_table_of_speed_are_scaled(small, plan_of):
+    small |= {"measure": "throughput", "budgets": {"full": {"rounds": 30}, "short": {"rounds": 15}}}
+    assert "rounds 30 -> 15" in plan_of(small, budget="short").scaled
+    assert plan_of(small).scaled == ()
+    assert plan_of(small | {"measure": "accuracy"}, budget="short").scaled == ()
+
+
+def test_chex_and_chase_change_masks_in_the_smoke_run_of_table_3():
+    suite = load_suite("3")
+    runs = make_plan(suite, budget="smoke").runs()
+    assert {tuple(p.config.method_options.items()) for p in runs} == {
+        tuple(p.config.method_options.items()) for p in runs if p.cell.sparsity == 0.9
+    }
+    planned = {p.config.method: p for p in runs if p.cell.sparsity == 0.9}
+    assert set(planned) == {"chex", "chase"}
+    for p in planned.values():
+        with warnings.catch_warnings():  # of an interval longer than the run
+            warnings.simplefilter("error")
+            state = build(p.config)
+        assert state.n_steps == 168
+        assert len(state.sparsifier.grid) > 5  # changes of channels
+        assert p.config.method_options["delta_t"] == 20  # of Chase's weights
+    full = make_plan(suite, budget="full", data={"imagenet": "digits"}).runs()
+    assert {max(p.config.method_options.values()) for p in full} == {10010}
 
 
 def test_smoke_uses_given_data(tmp_path):

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import yaml
 
 from s2sam.suite import pool
-from s2sam.suite.pool import cores, finished, reusable, run_here, train_one
+from s2sam.suite.pool import cores, finished, gpu_is_lost, reusable, run_here, train_one
+from s2sam.train import fast, loop
 from s2sam.train.config import DataConfig, SamConfig, TrainConfig
+from s2sam.train.signals import Preempted
 
 SCRIPT = "import sys; from s2sam.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -33,6 +36,98 @@ def test_a_failure_is_text_and_does_not_stop_the_others(tmp_path):
     assert [name for name, _, _ in outcomes] == ["a", "b", "c"]
     assert [final is None for _, final, _ in outcomes] == [False, True, False]
     assert outcomes[1][2].startswith("ValueError: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError("no 2.93 GiB"), "MemoryError: no 2.93 GiB"),
+        (MemoryError(), "MemoryError"),
+        (KeyError("lr"), "KeyError: 'lr'"),
+        (ArithmeticError("odd"), "ArithmeticError: odd"),
+    ],
+)
+def test_whatever_goes_wrong_in_one_run_is_its_own_failure(tmp_path, monkeypatch, error, reason):
+    train = loop.run
+
+    def run(config, **options):
+        if config.seed == 1:
+            raise error
+        return train(config, **options)
+
+    monkeypatch.setattr(loop, "run", run)
+    outcomes = list(run_here({str(seed): tiny(tmp_path / str(seed), seed=seed) for seed in (1, 2)}, 1))
+    assert outcomes[0] == ("1", None, reason)
+    assert (outcomes[1][0], outcomes[1][1]["test_images"]) == ("2", 359)
+
+
+@pytest.mark.parametrize("order", [Preempted(signal.SIGTERM), KeyboardInterrupt()])
+def test_an_order_to_end_is_no_failure(tmp_path, monkeypatch, order):
+    def run(config, **options):
+        raise order
+
+    monkeypatch.setattr(loop, "run", run)
+    with pytest.raises(type(order)):
+        train_one("a", tiny(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("compiled", ["none", "default"])
+def test_the_networks_of_finished_runs_are_let_go(tmp_path, monkeypatch, compiled):
+    networks = []
+
+    def build(*args, **options):
+        state = state_of(*args, **options)
+        networks.append(weakref.ref(state.model))
+        return state
+
+    state_of = loop.build
+    monkeypatch.setattr(loop, "build", build)
+    monkeypatch.setattr(fast, "BACKEND", "eager")  # of torch.compile; needs no compiler
+    assert train_one("a", tiny(tmp_path / "a", compile=compiled, method="dense"))[2] == ""
+    assert [network() for network in networks] == [None]
+
+
+@pytest.fixture
+def lost_gpu(monkeypatch):
+    """A process in which every call on the GPU fails."""
+
+    def synchronize():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
+
+
+def test_a_gpu_that_answers_or_was_never_asked_is_not_lost(monkeypatch):
+    assert not gpu_is_lost()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    assert not gpu_is_lost()
+
+
+def test_a_worker_that_lost_its_gpu_hands_over_its_failure_and_takes_no_further_run(tmp_path, monkeypatch, lost_gpu):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    assert gpu_is_lost()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "letter.txt").touch()
+    assert train_one("a", tiny(tmp_path / "a"))[2].startswith("ValueError: ")
+    with pytest.raises(SystemExit) as ended:
+        pool._train_in_worker("b", tiny(tmp_path / "b"), False)
+    assert ended.value.code == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_runs_after_one_that_lost_the_gpu_go_on_in_a_fresh_process(tmp_path, monkeypatch, lost_gpu):
+    failure = ("RuntimeError: CUDA error: device-side assert triggered",)
+    monkeypatch.setattr(pool, "train_one", lambda name, config, fresh: (name, None, *failure))
+    monkeypatch.setattr(pool, "_train_in_worker", exec)  # the name of a run is a program, its result None
+    path = tmp_path / "process"
+    program = f"import os, pathlib; pathlib.Path({str(path)!r}).write_text(str(os.getpid()))"
+    assert list(run_here({"a": {}, program: {}}, 1, fresh={})) == [("a", None, *failure), None]
+    assert int(path.read_text()) != os.getpid()
 
 
 def test_finished_means_the_same_settings_and_reusable_the_same_versions(tmp_path):

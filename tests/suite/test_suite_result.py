@@ -8,6 +8,8 @@ import re
 
 import pytest
 
+from s2sam.data import load_data
+from s2sam.suite.execute import run_plan
 from s2sam.suite.page import render
 from s2sam.suite.plan import make_plan
 from s2sam.suite.result import build_accuracy
@@ -104,14 +106,14 @@ def test_a_failed_run_takes_its_column_out_and_is_named(small, plan_of, invented
     broken = next(p for p in plan.runs() if p.cell.row == "SET" and p.column == "S2-SAM")
     runs = {p: invented(p, TOP1[p.column, p.config.seed]) for p in plan.runs() if p is not broken}
     runs = {p: run for p, run in runs.items() if p.name != broken.name}
-    table = build_accuracy(plan, runs, {broken: "RuntimeError: training diverged"})
+    table = build_accuracy(plan, runs, {broken: "RuntimeError: training\n  diverged\n"})
     entry = next(e for e in table.entries if e.cell.row == "SET" and e.column == "S2-SAM")
     assert (entry.center, entry.difference, entry.state) == (None, None, "1 of 2 runs failed")
     assert (table.pooled["S2-SAM"].cells, table.pooled["S2-SAM"].planned) == (1, 2)
     assert "S2-SAM minus SGD, mean over 1 of 2 cells: +2.00 points" in to_markdown(table)
     assert table.comparisons == 1
-    assert f"Failed: {broken.name}: RuntimeError: training diverged" in to_markdown(table)
-    assert "failed: RuntimeError: training diverged" in runs_csv(table)
+    assert f"- Failed: {broken.name}: RuntimeError: training diverged\n" in to_markdown(table)
+    assert "failed: RuntimeError: training diverged," in runs_csv(table)
 
 
 def test_without_a_reference_a_cell_is_compared_with_nothing(small, plan_of, invented):
@@ -136,6 +138,46 @@ def test_several_versions_or_data_are_said_on_the_table(small, plan_of, invented
     assert "made by 2 versions of the code: s2sam 0.1.0, torch 2.13.0, commit beef-dirty (1 runs); s2sam 0.1.0" in notes
     assert "trained on 2 different sets of images: d1 (3 runs), d2 (1 runs)" in notes
     assert "kinds of machine" not in notes
+    assert "A commit marked -dirty does not say which code ran" in notes
+
+
+def test_a_dirty_tree_is_not_told_by_its_commit(small, plan_of, invented):
+    plan = plan_of(small)
+    clean, dirty = (
+        build_accuracy(plan, {p: invented(p, 0.9, env={"git_commit": commit}) for p in plan.runs()}, {}).notes
+        for commit in ("c0ffee", "c0ffee-dirty")
+    )
+    assert "All runs were made by s2sam 0.1.0, torch 2.13.0, commit c0ffee-dirty." in dirty
+    sentences = [note for note in dirty if note.startswith("A commit marked -dirty does not say which code ran")]
+    assert len(sentences) == 1 and "two such trees look alike here" in sentences[0]
+    assert not any("dirty" in note for note in clean)
+
+
+def test_images_that_were_kept_back_are_said(small, plan_of, invented):
+    small["blocks"] = {name: {"data": "digits"} for name in ("CIFAR-10", "CIFAR-100", "part")}
+    small["base"]["data_options"] = {}
+    small["blocks"]["part"]["data_options.train_size"] = 200
+    plan = plan_of(small)
+    trained = {"CIFAR-10": 45_000, "CIFAR-100": 45_000, "part": 200}
+    runs = {p: invented(p, 0.9, train_images=trained[p.cell.block]) for p in plan.runs()}
+    note = next(note for note in build_accuracy(plan, runs, {}).notes if note.startswith("Images"))
+    assert note.startswith(
+        "Images: 45,000 for training and 5,000 (10 % of all) kept for validation in CIFAR-10, CIFAR-100; 200 for "
+        "training and 10 % of all kept for validation in part. Published numbers normally come from training on all"
+    )
+    small["base"]["data_options"] = {"val_fraction": 0.0}
+    plan = plan_of(small)
+    runs = {p: invented(p, 0.9, train_images=50_000) for p in plan.runs()}
+    assert not any(note.startswith("Images") for note in build_accuracy(plan, runs, {}).notes)
+
+
+def test_the_note_on_images_counts_those_of_a_run(small, plan_of, console):
+    small["base"]["data_options"] = {}
+    plan = plan_of(small, seeds=[0])
+    table = run_plan(plan, console=console)
+    data = load_data("digits")
+    sentence = f"Images: {len(data.train_x):,} for training and {len(data.val_x)} (10 % of all) kept for validation"
+    assert any(note.startswith(sentence) for note in table.notes)
 
 
 def test_a_run_that_went_on_elsewhere_says_so(small, plan_of, invented):
@@ -223,4 +265,15 @@ def test_scaling_and_stand_in_are_printed_on_the_table(small, plan_of, table_of)
     assert "stand in for the data of the table" in markdown
     assert "nothing below is evidence" in render(table_of(plan_of(small, budget="smoke")))
     assert "nothing below is evidence" not in render(table_of(plan_of(small | {"base": {}})))
-    assert "Mode matched" in markdown
+    assert "they differ in sharpness, rho and sam.* only. Nothing was tuned" in markdown
+
+
+def test_a_baseline_is_named_where_the_columns_are_called_matched(small, plan_of, invented):
+    small["columns"]["Nesterov"] = {"sharpness": "none", "optim.nesterov": True}
+    plan = plan_of(small | {"baselines": ["Nesterov"]})
+    notes = build_accuracy(plan, {p: invented(p, 0.9) for p in plan.runs()}, {}).notes
+    assert any(
+        "they differ in sharpness, rho and sam.* only, and Nesterov (another plain optimizer, as a baseline) in "
+        "optim.nesterov. Nothing was tuned" in note
+        for note in notes
+    )

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s2sam.suite.schema import KEYS, load_suite, parse_suite, tables
+from s2sam.suite.plan import make_plan
+from s2sam.suite.schema import KEYS, is_path, load_suite, parse_suite, tables
 from s2sam.suite.tuned import check_tuned
+
+RESULTS = Path(__file__).parents[2] / "results"
+COMMITTED = [path for path in sorted(RESULTS.glob("*/*.yaml")) if "columns" in yaml.safe_load(path.read_text())]
 
 
 @pytest.mark.parametrize("name", sorted(tables()))
@@ -62,6 +66,7 @@ def test_s2sam_is_that_of_the_paper_whatever_the_defaults_become(name):
         ({"budgets": {"smoke": {"set": {"epoch": 1}}}}, "in set of smoke; did you mean 'epochs'?"),
         ({"tuned": {"seeds": [5], "grids": {"SGDD": {}}}}, "did you mean 'SGD'?"),
         ({"tuned": {"seeds": [5], "grids": {"SGD": {"lr": 0.1}}}}, "must be a list"),
+        ({"tuned": {"seeds": [5], "grids": {"SGD": {"lr": []}}}}, "lr in the grid of SGD names no value"),
         ({"tripwires": {"digits": {"Static": [90.0, 91.0]}}}, "need one accuracy in % for each sparsity"),
         ({"baselines": ["Nesterov"]}, "unknown column of baselines 'Nesterov'"),
         ({"seeds": [1, 1]}, "none twice"),
@@ -105,6 +110,19 @@ def test_the_example_in_the_docs_is_a_table_and_shows_every_key():
     assert set(content) == set(KEYS) - {"paper"}
     assert suite.blocks["mine"]["data"] == "./my-images"
     check_tuned(suite)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_tables_of_the_committed_results_still_load(path, tmp_path):
+    suite = load_suite(path)
+    for mode in ("matched", "tuned") if suite.tuned else ("matched",):
+        plan = make_plan(suite, mode=mode, out=tmp_path, read_only=True, data=dict.fromkeys(needed(suite), "digits"))
+        assert plan.runnable
+
+
+def needed(suite):
+    """The names, not paths, of its data."""
+    return {str(block["data"]) for block in suite.blocks.values() if not is_path(str(block["data"]))}
 
 
 def test_files_that_are_no_table(tmp_path):

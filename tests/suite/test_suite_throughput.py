@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from statistics import median
 
 import pytest
+import torch
 
 from s2sam.cli.table import dry_run
 from s2sam.report.stats import median_interval
 from s2sam.suite.execute import run_plan
-from s2sam.suite.text import runs_csv, to_markdown
+from s2sam.suite.page import render
+from s2sam.suite.text import cells_csv, runs_csv, to_markdown
 from s2sam.suite.throughput import build_throughput, steps_of
 
 
@@ -36,22 +41,44 @@ def test_ratios_are_taken_within_rounds(speed, plan_of):
     assert "3200 images/s (2.00x [2.00, 2.00])" in to_markdown(table)
 
 
+def test_an_interval_without_one_shows_a_difference_and_a_longer_step_is_worse(speed, plan_of):
+    noise = [0.97, 1.03, 0.98, 1.02, 0.99, 1.01, 0.96, 1.04, 0.95, 1.05, 0.97, 1.03]
+    base = [0.01] * len(noise)
+    quick, slow, same = ([factor * b * e for b, e in zip(base, noise, strict=True)] for factor in (0.7, 1.44, 1.0))
+    speed["columns"]["Same"] = {"sharpness": "none", "optim.nesterov": True}
+    speed["baselines"] = ["Same"]
+    plan = plan_of(speed)
+    table = build_throughput(plan, {plan.cells[0]: {"SGD": base, "S2-SAM": quick, "SAM": slow, "Same": same}})
+    lines = list(csv.DictReader(io.StringIO(cells_csv(table))))
+    assert {line["column"]: line["shows"] for line in lines} == {"SGD": "0", "S2-SAM": "-1", "SAM": "1", "Same": "0"}
+    for line in lines[1:]:
+        low, high = float(line["low"]), float(line["high"])
+        assert int(line["shows"]) == (low > 1) - (high < 1)
+    classes = re.findall(r'<td class="(\w+)">\d+ images/s<small>([\d.]+)x', render(table))
+    assert classes == [("up", "0.70"), ("down", "1.44")]
+
+
 def test_few_rounds_have_no_interval(speed, plan_of):
     plan = plan_of(speed)
     rounds = {"SGD": [0.01] * 3, "S2-SAM": [0.01, 0.011, 0.012], "SAM": [0.02] * 3}
     assert median_interval([1.0, 1.1, 1.2]) is None
-    assert build_throughput(plan, {plan.cells[0]: rounds}).entries[1].interval is None
+    entry = build_throughput(plan, {plan.cells[0]: rounds}).entries[1]
+    assert (entry.interval, entry.shows) == (None, 0)
 
 
 def test_it_measures_once_and_reads_afterwards(speed, plan_of, console, capsys):
     plan = plan_of(speed)
     with pytest.raises(ValueError, match=r"not measured yet: digits, Static 90 %"):
         run_plan(plan, console=console, read_only=True)
-    table = run_plan(plan, console=console)
+    torch.set_num_threads(2)
+    try:
+        table = run_plan(plan, console=console)
+    finally:
+        torch.set_num_threads(1)
     path = plan.out / "rounds" / "digits_static_90.json"
     content = json.loads(path.read_text())
     assert [len(seconds) for seconds in content["seconds_per_step"].values()] == [3, 3, 3]
-    assert content["environment"]["hardware"]["threads"] == 1 or content["environment"]["hardware"]["threads"] > 0
+    assert content["environment"]["hardware"]["threads"] == 1  # with which it was measured
     again = run_plan(plan_of(speed), console=console, read_only=True)
     assert to_markdown(again) == to_markdown(table)
     assert any(note.startswith("All runs were made by s2sam ") for note in table.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 import pytest
 
@@ -101,11 +102,22 @@ def test_the_table_declares_the_search(searched, plan_of, console):
     )
     assert "on the screening seeds 7" in markdown
     assert "not of searching again" in markdown
+    assert "the test images did not (what the trials reach on them stands in their run folders only)" in markdown
     assert "Mode matched" not in markdown
     lines = list(csv.DictReader(io.StringIO(runs_csv(table))))
     assert [(line["trial"], line["seed"]) for line in lines if line["column"] == "SGD"] == [
         ("0", "7"), ("1", "7"), ("", "0"), ("", "1"),
     ]  # fmt: skip
+    trials, runs = (
+        [line for line in lines if bool(line["trial"]) is trial] for trial in (True, False)
+    )  # fmt: skip
+    assert {(line["test_top1"], line["test_loss"]) for line in trials} == {("", "")}
+    assert all(line["val_top1"] for line in lines) and all(line["test_top1"] for line in runs)
+    told = dict(re.findall(r"\] (\S+): (\d+\.\d) %", console.file.getvalue()))
+    for which, planned in (("val_top1", table.screening), ("test_top1", table.runs)):
+        assert {p.name: told[p.name] for p in planned} == {
+            p.name: f"{100 * run.final[which]:.1f}" for p, run in planned.items()
+        }
     chosen = table.entries[0].setting
     assert chosen.startswith("lr 0.")
     assert f"Chosen for digits, Static 90 %, SGD: {chosen}." in markdown

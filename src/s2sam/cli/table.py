@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from s2sam.cli.arguments import Parser
@@ -37,6 +37,7 @@ def run(argv: list[str]) -> int:
     from s2sam.suite.plan import make_plan
 
     suite = narrowed(load_suite(args.table), args.budget, args.blocks, args.rows)
+    suite = changed(suite, args.budget, pairs(args.set, "--set", "KEY=VALUE"))
     plan = make_plan(
         suite, budget=args.budget, mode=args.mode, data=pairs(args.data, "--data", "cifar10=FOLDER"), out=args.out,
         seeds=args.seeds, device=args.device, read_only=args.read_only or args.dry_run,
@@ -66,7 +67,12 @@ def parser() -> Parser:
     made = Parser(prog="s2sam table", description=HELP, allow_abbrev=False)
     add: Any = made.add_argument
     add("table", metavar="NAME|FILE.yaml", help="a name from `s2sam list tables`, or a table of yours")
-    add("--budget", choices=BUDGETS, default="full", help="full: the paper's; smoke: minutes, no data (default: full)")
+    add(
+        "--budget",
+        choices=BUDGETS,
+        default="full",
+        help="full: the paper's epochs; smoke: minutes, no data (default: full)",
+    )
     add("--mode", choices=MODES, default="matched", help="matched: columns differ in sharpness only (default); tuned")
     add("--data", nargs="+", default=[], metavar="NAME=PATH", help="where data are, such as cifar10=data/cifar10")
     add("--out", metavar="FOLDER", help="where runs and table go (default: runs/table-NAME-BUDGET-MODE)")
@@ -76,6 +82,7 @@ def parser() -> Parser:
     add("--seeds", nargs="+", type=int, metavar="SEED", help="instead of the table's")
     add("--blocks", nargs="+", metavar="BLOCK", help="only these blocks of the table; it says so")
     add("--rows", nargs="+", metavar="ROW", help="only these rows of the table; it says so")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs alike; the table says so")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
     add("--read-only", action="store_true", help="train nothing: write the table of runs that are there, or refuse")
     add("--dry-run", "--list", action="store_true", help="list the runs and which are finished, and stop")
@@ -105,6 +112,30 @@ def narrowed(suite: Suite, budget: str, blocks: Sequence[str] | None, rows: Sequ
     return replace(suite, budgets={**suite.budgets, budget: size})
 
 
+def changed(suite: Suite, budget: str, given: Mapping[str, str]) -> Suite:
+    """The table with these settings in all runs of the budget, whatever the budget and its stand-in say.
+
+    Raises:
+        ValueError: an unknown key, one that a column sets, or one that makes a column what it is.
+    """
+    from dataclasses import replace
+
+    from s2sam.suite.matched import TREATMENT, among
+    from s2sam.suite.settings import merged, settings
+
+    size = suite.budgets.get(budget)
+    flat = settings({key: yaml_value("--set", key, text) for key, text in given.items()}, "in --set")
+    for key in flat:
+        own = [name for name, column in suite.columns.items() if key in column]
+        if own or among(key, TREATMENT):
+            why = f"the column {own[0]} sets it" if own else "it is what columns differ in"
+            raise ValueError(f"{key} cannot stand in --set, as {why}; --set is for what all columns have alike")
+    if size is None or not flat:
+        return suite
+    size = replace(size, set=merged(size.set, flat), stand_in=merged(size.stand_in, flat) if size.stand_in else {})
+    return replace(suite, budgets={**suite.budgets, budget: size})
+
+
 def pairs(given: Sequence[str], option: str, example: str) -> dict[str, str]:
     """NAME=VALUE texts as a mapping.
 
@@ -124,16 +155,15 @@ def launcher(name: str, plan: Plan, options: dict[str, str]) -> Runner | None:
     """What runs the plan; None = processes of this machine.
 
     Raises:
-        RuntimeError: the package it needs is not installed.
-        ValueError: options without a launcher that takes some.
+        RuntimeError: the package it needs is not installed, or there is no SLURM here.
+        ValueError: options that it does not take, or options without a launcher that takes some.
     """
-    import yaml
-
-    values = {key: yaml.safe_load(value) for key, value in options.items()}
+    values = {key: yaml_value("--launcher-option", key, text) for key, text in options.items()}
     if name == "slurm":
         from s2sam.suite.launch_slurm import slurm_runner
 
-        return slurm_runner(plan.out / "slurm", values)
+        own = {key: values.pop(key) for key in ("cluster", "array_size") if key in values}
+        return slurm_runner(plan.out / "slurm", values, **own)
     if name == "ray":
         from s2sam.suite.launch_ray import ray_runner
 
@@ -141,6 +171,23 @@ def launcher(name: str, plan: Plan, options: dict[str, str]) -> Runner | None:
     if values:
         raise ValueError("--launcher-option needs --launcher ray or --launcher slurm")
     return None
+
+
+def yaml_value(option: str, key: str, text: str) -> Any:
+    """What a text means in YAML: 3 is a number, true a truth value.
+
+    >>> yaml_value("--launcher-option", "gpus_per_node", "1")
+    1
+
+    Raises:
+        ValueError: it is not valid YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{option} {key} takes a value in YAML, not {text!r}") from None
 
 
 def dry_run(plan: Plan) -> int:

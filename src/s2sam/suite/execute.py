@@ -68,7 +68,7 @@ def run_plan(
     if plan.mode == "matched":
         runs, failed = ensure(plan.runs(), console=console, jobs=jobs, runner=runner, read_only=read_only)
         return build_accuracy(plan, runs, failed, robust=_robust(plan, runs, console, read_only))
-    tried, broken = ensure(trials, console=console, jobs=jobs, runner=runner, read_only=read_only)
+    tried, broken = ensure(trials, console=console, jobs=jobs, runner=runner, read_only=read_only, shown="val_top1")
     choices = choose(plan, tried) if trials else {}
     final = plan.runs({key: choice.settings for key, choice in choices.items()})
     runs, failed = ensure(final, console=console, jobs=jobs, runner=runner, read_only=read_only)
@@ -88,8 +88,11 @@ def ensure(
     jobs: int = 1,
     runner: Runner | None = None,
     read_only: bool = False,
+    shown: str = "test_top1",
 ) -> tuple[dict[Planned, Run], dict[Planned, str]]:
     """The finished runs, in order, after training those that are not finished; and what went wrong with the others.
+
+    `shown` is the accuracy that progress prints.
 
     Raises:
         ValueError: as :func:`run_plan`.
@@ -106,7 +109,8 @@ def ensure(
         by_name = {str(p.config.folder): p for p in todo}
         configs = {p.name: p.config for p in todo}
         assert len(configs) == len(by_name)
-        outcomes = {name: (final, reason) for name, final, reason in train_all(configs, jobs, console, runner=runner)}
+        done_now = train_all(configs, jobs, console, runner=runner, shown=shown)
+        outcomes = {name: (final, reason) for name, final, reason in done_now}
         for p in todo:
             final, reason = outcomes.get(p.name, (None, "RuntimeError: it never came back"))
             if final is None:
@@ -155,6 +159,6 @@ def _declared(plan: Plan, trials: int) -> list[str]:
     return [
         f"Mode tuned: in every cell each column tried {per_arm} settings ({grids}) on the screening seeds "
         f"{', '.join(map(str, tuned.seeds))}; the mean validation accuracy of the last epoch chose, the test images "
-        "were not looked at, and the chosen setting was trained again on fresh seeds. Intervals speak of training the "
-        "chosen settings again, not of searching again."
+        "did not (what the trials reach on them stands in their run folders only), and the chosen setting was trained "
+        "again on fresh seeds. Intervals speak of training the chosen settings again, not of searching again."
     ]

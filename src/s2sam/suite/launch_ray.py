@@ -19,17 +19,21 @@ def ray_runner(
 
     Raises:
         RuntimeError: ray is not installed.
+        ValueError: an option that `ray.remote` does not know.
     """
     try:
         import ray
     except ModuleNotFoundError:
         raise RuntimeError("--launcher ray needs the package ray; pip install 's2sam[ray]'") from None
+    try:
+        train = ray.remote(**{"num_cpus": 1, "max_retries": 2, **(options or {})})(train_one)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"Ray does not take these launcher options: {error}") from None
 
     def run(configs: Mapping[str, TrainConfig], jobs: int) -> Iterator[Outcome]:
         started = not ray.is_initialized()
         if started:
             ray.init(log_to_driver=False)
-        train = ray.remote(**{"num_cpus": 1, "max_retries": 2, **(options or {})})(train_one)
         queue, names = list(configs.items()), dict[Any, str]()
         try:
             while queue or names:

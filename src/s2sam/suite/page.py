@@ -122,7 +122,7 @@ def _entry(entry: Entry | None, measure: str, index: int) -> str:
         return f"<td{_first(index)}>-</td>"
     names = ["first"] if index == 0 else []
     names += ["absent"] if entry.center is None else []
-    names += {1: ["up"], -1: ["down"]}.get(entry.shows, [])
+    names += {1: ["up"], -1: ["down"]}.get(entry.better, [])
     classes = f' class="{" ".join(names)}"' if names else ""
     difference = difference_text(entry, measure)
     title = f' title="{_text(entry.state or entry.setting)}"' if entry.state or entry.setting else ""

@@ -89,15 +89,14 @@ class Plan:
         """The runs of the table; in mode tuned with the settings `chosen` for each cell and column.
 
         Raises:
-            ValueError: in mode matched, the columns of a cell differ in more than sharpness.
+            ValueError: the columns of a cell differ in more than the mode leaves free.
         """
         planned = []
         for cell in self.runnable:
             for seed in self.seeds:
                 extra = {column: {} if chosen is None else chosen[cell, column] for column in self.suite.columns}
                 configs = {column: self.config(cell, column, seed, extra[column]) for column in self.suite.columns}
-                if self.mode == "matched":
-                    check_matched(configs, self.suite.reference, self.suite.baselines)
+                check_matched(configs, self.suite.reference, self.suite.baselines, mode=self.mode)
                 planned += [Planned(cell, column, config) for column, config in configs.items()]
         return planned
 
@@ -177,8 +176,7 @@ def make_plan(
         suite, size, mode, tuple(cells), tuple(chosen), folder, device, corrupted, tuple(missing), tuple(scaled)
     )
     _check_distinct(plan)
-    if mode == "matched":
-        plan.runs()
+    plan.runs()  # in mode tuned before any search: what a grid may hold is free anyway
     return plan
 
 
@@ -266,6 +264,9 @@ def _parts(suite: Suite, size: Budget, seeds: int, *, custom: bool) -> dict[str,
         if kept is not None and set(kept) != set(names):
             some, every = (", ".join(percent_text(n) if isinstance(n, float) else n for n in s) for s in (kept, names))
             notes.append(f"{what} {some} of {every}")
+    rounds = suite.budgets["full"].rounds
+    if suite.measure == "throughput" and size.rounds != rounds:
+        notes.append(f"rounds {rounds} -> {size.rounds}")
     if seeds != len(suite.seeds):
         notes.append(f"seeds {len(suite.seeds)} -> {seeds}" + (" (--seeds)" if custom else ""))
     return dict.fromkeys(notes)

@@ -1,12 +1,14 @@
 """Many runs, several at a time on one machine: a pool of processes, one thread each, that loses nothing when stopped.
 
 Ctrl-C and SIGTERM let every run under way finish its step and save; the same command then goes on from there. A run
-that fails is reported and does not stop the others. Packing several small runs on one device pays because norms, masks
+that fails is reported and does not stop the others, whatever its error; where it left the GPU unusable for its process,
+the others go on in fresh ones. Packing several small runs on one device pays because norms, masks
 and random states belong to a network, and a process to a run: nothing is shared.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -64,6 +66,7 @@ def train_all(
     *,
     fresh: bool = False,
     runner: Callable[[Mapping[str, TrainConfig], int], Iterable[Outcome]] | None = None,
+    shown: str = "test_top1",
 ) -> list[Outcome]:
     """Train these runs, `jobs` at a time, and say what has finished; a failure does not stop the others.
 
@@ -73,9 +76,10 @@ def train_all(
         console: where progress goes.
         fresh: begin again where a run is finished or begun; else go on with what is begun.
         runner: another way to run them, which gives the outcomes as they come; None = processes of this machine.
+        shown: which accuracy of the final record is printed.
     """
     outcomes = []
-    with _progress(console, len(configs)) as report:
+    with _progress(console, len(configs), shown) as report:
         for outcome in runner(configs, jobs) if runner else run_here(configs, min(jobs, len(configs)), fresh=fresh):
             outcomes.append(outcome)
             report(outcome)
@@ -83,14 +87,47 @@ def train_all(
 
 
 def train_one(name: str, config: TrainConfig, fresh: bool = False) -> Outcome:
-    """Train one run with one thread; what goes wrong is returned as text, with the name of its type in front."""
-    from s2sam.train.loop import run as train
+    """Train one run with one thread; what goes wrong is returned as text, with the name of its type in front.
 
+    Then its memory is freed, that of compiled networks too, for the next run in this process. An order to end
+    (Preempted, KeyboardInterrupt) is no failure and passes.
+    """
+    outcome = _attempt(name, config, fresh)
+    if not gpu_is_lost():  # else this process takes no further run
+        _free(compiled=config.compile != "none")
+    return outcome
+
+
+def _attempt(name: str, config: TrainConfig, fresh: bool) -> Outcome:
     try:
+        from s2sam.train.loop import run as train
+
         with one_thread():
             return name, train(config, overwrite=fresh), ""
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        return name, None, f"{type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001 whatever it is, it belongs to this run and goes onto the table
+        return name, None, f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _free(*, compiled: bool) -> None:
+    """Let go of networks that nobody uses any more: they are in cycles, and in the graphs that torch.compile keeps."""
+    if compiled:
+        import torch
+
+        torch._dynamo.reset()
+    gc.collect()
+
+
+def gpu_is_lost() -> bool:
+    """True if no call on the GPU succeeds in this process any more, as after a failed device assertion."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @contextmanager
@@ -107,22 +144,24 @@ def one_thread() -> Iterator[None]:
 
 
 def run_here(configs: Mapping[str, TrainConfig], jobs: int, *, fresh: bool = False) -> Iterator[Outcome]:
-    """The outcomes as they come: in this process for one job, else in fresh ones.
+    """The outcomes as they come: in this process for one job (as long as its GPU answers), else in fresh ones.
 
     If one of these is ended from outside, all are. The runs that may have been under way then go on one after another,
     each alone, so that only the one that does it again is reported; after them the others side by side as before.
     """
+    tasks = {name: (name, config, fresh) for name, config in configs.items()}
     if jobs <= 1:
         for name, config in configs.items():
             with _interrupts_save():
                 outcome = train_one(name, config, fresh)
+            del tasks[name]
             yield outcome
-        return
-    tasks = {name: (name, config, fresh) for name, config in configs.items()}
+            if tasks and outcome[1] is None and gpu_is_lost():
+                break
     with terminable():
         while tasks:
-            yield from _finished_of(tasks, jobs)
-            for name in list(tasks)[:jobs]:
+            yield from _finished_of(tasks, max(1, jobs))
+            for name in list(tasks)[: max(1, jobs)]:
                 alone = {name: tasks.pop(name)}
                 yield from _finished_of(alone, 1)
                 if alone:
@@ -140,9 +179,11 @@ def _finished_of(tasks: dict[str, tuple[Any, ...]], jobs: int) -> Iterator[Outco
 
 
 def _train_in_worker(name: str, config: TrainConfig, fresh: bool) -> Outcome:
-    """As :func:`train_one`; a process that was asked to end takes no further run from the queue."""
+    """As :func:`train_one`; a process that was asked to end, or lost its GPU, takes no further run from the queue."""
     from s2sam.train.signals import Preempted
 
+    if gpu_is_lost():
+        os._exit(1)  # the outcome of the run that lost it has been handed over
     try:
         return train_one(name, config, fresh)
     except Preempted as ended:
@@ -176,13 +217,14 @@ def _interrupts_save() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
+def _progress(console: Console, total: int, shown: str) -> Iterator[Callable[[Outcome], None]]:
     """A bar on a terminal, a line for each finished run elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     def words(outcome: Outcome) -> str:
         name, final, _ = outcome
-        return f"{name}: failed" if final is None else f"{name}: {100 * final['test_top1']:.1f} %"
+        value = None if final is None else final[shown]
+        return f"{name}: {'failed' if final is None else 'finished' if value is None else f'{100 * value:.1f} %'}"
 
     if not console.is_terminal:
         count = 0

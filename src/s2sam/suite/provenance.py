@@ -10,6 +10,7 @@ from s2sam.report.read import Run
 from s2sam.suite.plan import Planned
 
 GAP = 0.005  #: of a sparsity from the one asked for, above which it is said
+DIRTY = "-dirty"  #: how a commit ends whose tree had changes
 
 
 def provenance(runs: Mapping[Planned, Run]) -> list[str]:
@@ -36,11 +37,46 @@ def made_by(environments: Iterable[Mapping[str, Any]]) -> list[str]:
         notes.append(f"The runs were made by {len(set(codes))} versions of the code: {_listed(codes)}.")
     elif codes:
         notes.append(f"All runs were made by {codes[0]}.")
+    if any(DIRTY in code for code in codes):
+        notes.append(
+            f"A commit marked {DIRTY} does not say which code ran: its tree had changes that are in no commit, and two "
+            "such trees look alike here; commit before runs that are to count."
+        )
     if len(set(places)) > 1:
         notes.append(
             f"The runs were made on {len(set(places))} kinds of machine, which round differently: {_listed(places)}."
         )
     return notes
+
+
+def image_notes(runs: Mapping[Planned, Run]) -> list[str]:
+    """A sentence if validation images were kept back: how many images were trained on, and how many were not."""
+    found: dict[str, dict[str, None]] = {}
+    for planned, run in runs.items():
+        options, trained = planned.config.data_options, int(run.final["train_images"])
+        if options.val_fraction == 0:
+            continue
+        kept = f"{100 * options.val_fraction:g} % of all"  # with train_size the record does not say how many there are
+        if options.train_size is None:
+            kept = f"{held_out(trained, options.val_fraction):,} ({kept})"
+        text = f"{trained:,} for training and {kept} kept for validation"
+        found.setdefault(text, {})[planned.cell.block] = None
+    if not found:
+        return []
+    listed = "; ".join(f"{text} in {', '.join(blocks)}" for text, blocks in found.items())
+    return [
+        f"Images: {listed}. Published numbers normally come from training on all of them (here with "
+        "data_options.val_fraction 0, which leaves none to choose an epoch or a setting on)."
+    ]
+
+
+def held_out(trained: int, fraction: float) -> int:
+    """How many validation images round(fraction * N) are, if the rest of the N images are the training images.
+
+    >>> held_out(45_000, 0.1), held_out(1_293, 0.1)
+    (5000, 144)
+    """
+    return round(trained * fraction / (1 - fraction))
 
 
 def sparsity_notes(runs: Mapping[Planned, Run]) -> list[str]:
@@ -78,7 +114,7 @@ def _told(env: Mapping[str, Any], text: Any) -> str:
 def _one_code(env: Mapping[str, Any]) -> str:
     versions = env.get("versions") or {}
     commit = str(env.get("git_commit") or "unknown")
-    short = commit.removesuffix("-dirty")[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+    short = commit.removesuffix(DIRTY)[:12] + (DIRTY if commit.endswith(DIRTY) else "")
     return f"s2sam {versions.get('s2sam', '?')}, torch {versions.get('torch', '?')}, commit {short}"
 
 

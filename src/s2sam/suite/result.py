@@ -12,9 +12,10 @@ from typing import Any
 
 from s2sam.report.read import Run
 from s2sam.report.stats import LEVEL, Difference, Interval, deviation, mean, paired_difference
+from s2sam.suite.matched import VARIANT
 from s2sam.suite.plan import Cell, Plan, Planned, percent_text
 from s2sam.suite.pooled import Pooled, pooled_difference
-from s2sam.suite.provenance import provenance, sparsity_notes
+from s2sam.suite.provenance import image_notes, provenance, sparsity_notes
 
 TRIPWIRE = "Tripwire"  #: how the note on a badly tuned reference begins
 #: what is shown in percent
@@ -35,6 +36,7 @@ class Entry:
     center: float | None = None  #: the mean, or the median of the rounds
     spread: float | None = None  #: standard deviation over the seeds
     difference: float | None = None  #: to the reference column; in a throughput table the ratio of the step times
+    equal: float = 0.0  #: the difference of equals: 0, or 1 for a ratio
     interval: Interval | None = None  #: of the difference, together with all others of the table
     state: str = ""  #: why there is no value; "" if there is one
     setting: str = ""  #: what mode tuned chose
@@ -47,8 +49,15 @@ class Entry:
 
     @property
     def shows(self) -> int:
-        """+1 or -1 if the interval lies on one side of 0, else 0."""
-        return 0 if self.paired is None else self.paired.shows
+        """+1 or -1 if the interval lies above or below the difference of equals, else 0."""
+        if self.interval is None or self.interval.contains(self.equal):
+            return 0
+        return 1 if self.interval.low > self.equal else -1
+
+    @property
+    def better(self) -> int:
+        """+1 if the column is shown to be better than the reference, -1 for worse, else 0: a long step is worse."""
+        return -self.shows if self.equal == 1 else self.shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +135,8 @@ def build_accuracy(
     pooled = pool(differences, 1 / images, Counter(cell.sparsity for cell in plan.runnable))
     notes = [*plan_notes(plan), *_statistics(plan, len(compared), images)]
     notes += robust_notes((robust or {}).values())
-    notes += [*failure_notes(failed), *provenance(runs), *sparsity_notes(runs), *tripwires(plan, entries), *remarks]
+    notes += [*image_notes(runs), *failure_notes(failed), *provenance(runs), *sparsity_notes(runs)]
+    notes += [*tripwires(plan, entries), *remarks]
     return SuiteTable(
         plan, "accuracy" if robust is None else "robustness", tuple(entries), pooled, len(compared), tuple(notes),
         dict(runs), dict(failed),
@@ -177,9 +187,11 @@ def plan_notes(plan: Plan) -> list[str]:
             "everything runs, and is no evidence about any method."
         )
     if plan.mode == "matched":
+        plain = " and ".join(plan.suite.baselines)
+        but = f", and {plain} (another plain optimizer, as a baseline) in {VARIANT}" if plain else ""
         notes.append(
             "Mode matched: in a row all columns share seeds, initial weights, order of the data, learning rate, weight "
-            "decay and epochs; they differ in sharpness, rho and sam.* only. Nothing was tuned for any column."
+            f"decay and epochs; they differ in sharpness, rho and sam.* only{but}. Nothing was tuned for any column."
         )
     return notes
 
@@ -207,7 +219,16 @@ def robust_notes(results: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def failure_notes(failed: Mapping[Planned, str]) -> list[str]:
     """Each failed run by name."""
-    return [f"Failed: {planned.name}: {reason}" for planned, reason in failed.items()]
+    return [f"Failed: {planned.name}: {one_line(reason)}" for planned, reason in failed.items()]
+
+
+def one_line(text: str) -> str:
+    r"""The words of a text on one line.
+
+    >>> one_line("RuntimeError: CUDA error\n  compile with TORCH_USE_CUDA_DSA")
+    'RuntimeError: CUDA error compile with TORCH_USE_CUDA_DSA'
+    """
+    return " ".join(text.split())
 
 
 def tripwires(plan: Plan, entries: Iterable[Entry]) -> list[str]:

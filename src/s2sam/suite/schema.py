@@ -233,6 +233,9 @@ def _tuned(content: Any, columns: Mapping[str, Settings]) -> Tuned:
     for column, grid in grids.items():
         flat = settings(grid, f"in the grid of {column}")
         checked[column] = {key: _list(values, f"{key} in the grid of {column}") for key, values in flat.items()}
+        for key, values in checked[column].items():
+            if not values:
+                raise ValueError(f"{key} in the grid of {column} names no value; give at least one, as in [a, b]")
     return Tuned(check_seeds(given.get("seeds", ()), "seeds of tuned"), checked)
 
 

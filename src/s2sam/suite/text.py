@@ -13,7 +13,7 @@ from s2sam.report.tables import percent
 from s2sam.suite.plan import Cell, percent_text
 from s2sam.suite.pooled import Pooled, side
 from s2sam.suite.provenance import code_of, digest_of
-from s2sam.suite.result import Entry, SuiteTable, possible
+from s2sam.suite.result import Entry, SuiteTable, one_line, possible
 from s2sam.suite.tuned import trials_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,10 @@ def cells_csv(table: SuiteTable) -> str:
 
 
 def runs_csv(table: SuiteTable) -> str:
-    """One line for each run, those that screened settings first; or for each round of a throughput measurement."""
+    """One line for each run, those that screened settings first; or for each round of a throughput measurement.
+
+    What a trial reached on the test images is left out, as it is nobody's business before the choice or after it.
+    """
     lines: list[dict[str, Any]] = []
     for e in table.entries if table.measure == "throughput" else ():
         lines += [_place(e.cell, e.column) | {"round": i, "images_per_second": v} for i, v in e.values.items()]
@@ -139,9 +142,9 @@ def runs_csv(table: SuiteTable) -> str:
             "epochs": run.config.get("epochs"), "data_digest": digest_of(run), "code": code_of(run),
             "folder": run.folder,
         }  # fmt: skip
-        lines.append(line)
+        lines.append(line if planned.trial is None else line | {"test_top1": None, "test_loss": None})
     for planned, reason in (*table.screening_failed.items(), *table.failed.items()):
-        config, state = planned.config, f"failed: {reason}"
+        config, state = planned.config, f"failed: {one_line(reason)}"
         line = {"trial": planned.trial, "seed": config.seed, "state": state, "folder": config.folder}
         lines.append(_place(planned.cell, planned.column) | line)
     return _csv(ROUND_HEAD if table.measure == "throughput" else RUN_HEAD, lines)
@@ -170,7 +173,7 @@ def to_rich(table: SuiteTable) -> list[RichTable]:
                 for column in table.plan.suite.columns:
                     entry = table.entry(cell, column)
                     tail = difference_text(entry, table.measure).partition(" ")[0]
-                    style = {1: "bold green", -1: "bold red"}.get(entry.shows, "dim" if entry.center is None else "")
+                    style = {1: "bold green", -1: "bold red"}.get(entry.better, "dim" if entry.center is None else "")
                     texts.append(Text(value_text(entry, table.measure) + (f" ({tail})" if tail else ""), style=style))
                 shown.add_row(Text(f"  {row}"), *texts)
         result.append(shown)

@@ -87,7 +87,7 @@ def build_throughput(
             entry = Entry(cell, column, speeds, batch / median(own))
             if column != reference:
                 interval = median_interval(ratios, level=1 - (1 - LEVEL) / comparisons)
-                entry = replace(entry, difference=median(ratios), interval=interval)
+                entry = replace(entry, difference=median(ratios), interval=interval, equal=1.0)
             entries.append(entry)
     notes = plan_notes(plan)
     if rounds:
@@ -120,10 +120,11 @@ def _measure(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> Non
 
     with one_thread():
         seconds = measure_rounds(configs, rounds=rounds, steps=steps_of(configs))
+        measured_on = environment(choose_device(next(iter(configs.values())).device))
     content = {
         "seconds_per_step": seconds,
         "configs": {column: config.as_dict() for column, config in configs.items()},
-        "environment": environment(choose_device(next(iter(configs.values())).device)),
+        "environment": measured_on,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -10,11 +10,10 @@ from typing import Any
 from s2sam.report.read import Run
 from s2sam.report.stats import mean
 from s2sam.sparse.names import unknown
+from s2sam.suite.matched import TUNABLE, among
 from s2sam.suite.plan import Cell, Plan, Planned
 from s2sam.suite.schema import Suite, Tuned
 from s2sam.suite.settings import Settings
-
-TUNABLE = ("lr", "rho", "sam.", "optim.", "schedule.")  #: keys, and beginnings of keys, that a grid may hold
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def check_tuned(suite: Suite) -> Tuned:
         if column not in tuned.grids:
             raise ValueError(f"mode tuned needs a grid for every column; {column} has none")
         for key in tuned.grids[column]:
-            if not any(key == name or (name.endswith(".") and key.startswith(name)) for name in TUNABLE):
+            if not among(key, TUNABLE):
                 raise unknown(f"key to tune in the grid of {column}", key, TUNABLE)
             values = tuned.grids[column][key]
             if any(value in values[:i] for i, value in enumerate(values)):
@@ -110,7 +109,7 @@ def edge_notes(plan: Plan, choices: Mapping[tuple[Cell, str], Choice]) -> list[s
 def choose(plan: Plan, runs: Mapping[Planned, Run]) -> dict[tuple[Cell, str], Choice]:
     """For each cell and column the trial with the best mean validation accuracy of the last epoch; ties: the first.
 
-    Test accuracies are not looked at. A trial of which a run failed (is not in `runs`) is out.
+    Test accuracies do not count. A trial of which a run failed (is not in `runs`) is out.
 
     Raises:
         ValueError: all trials of a column failed, or the runs kept no validation images.
