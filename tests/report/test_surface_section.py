@@ -75,6 +75,52 @@ def test_surfaces_belong_to_the_arms_whose_weights_they_have(runs, measured):
     assert re.search(r"SGD 1\.\d+ at the end, S2-SAM 0\.\d+ at the end", words[1])
 
 
+def test_arms_of_a_network_are_shown_at_a_seed_that_all_of_them_have(runs, measured, make_run):
+    write_surface(measured, runs[0], 3.0)  # SGD has both seeds now, S2-SAM seed 1 alone
+    alone = make_run("static")
+    (alone / "model.safetensors").write_bytes(b"alone")
+    arms = arms_of([*runs, alone])
+    found = find_surfaces(measured, arms)
+    assert [surface.label for surface in found.values()] == [runs[1].name, runs[3].name]
+    assert "Each run is of training seed 1." in surface_section(found, arms).caption
+    write_surface(measured, alone, 2.0)  # another network, which has only seed 0
+    found = find_surfaces(measured, arms)
+    assert [surface.label for surface in found.values()] == [runs[1].name, runs[3].name, alone.name]
+    caption = surface_section(found, arms).caption
+    assert "RigL 90 %: training seed 1. Static ERK 90 %: training seed 0." in caption and "different" not in caption
+
+
+def test_runs_of_different_seeds_are_named(runs, tmp_path):
+    for folder in (runs[0], runs[3]):
+        write_surface(tmp_path / "mixed", folder, 1.0)
+    arms = arms_of(runs)
+    caption = surface_section(find_surfaces(tmp_path / "mixed", arms), arms).caption
+    assert (
+        "RigL 90 %: the runs are of different training seeds (SGD seed 0; S2-SAM seed 1), so what differs between them "
+        "may be due to the seed."
+    ) in caption
+
+
+def test_unfinished_surfaces_of_other_runs_are_no_hindrance(runs, measured, make_run):
+    other = make_run("static")
+    (other / "model.safetensors").write_bytes(b"other")
+    write_surface(measured, other, 1.0, done=False)
+    assert len(find_surfaces(measured, arms_of(runs))) == 2
+    with pytest.raises(ValueError, match=rf"{other.name}.surface\.npz is not finished"):
+        find_surfaces(measured, arms_of([*runs, other]))
+    write_surface(measured, runs[0], 1.0, done=False)  # of an arm, at a seed that would not be shown
+    with pytest.raises(ValueError, match=rf"{runs[0].name}.surface\.npz is not finished"):
+        find_surfaces(measured, arms_of(runs))
+
+
+def test_a_surface_without_a_digest_belongs_to_no_run(runs, measured):
+    path = measured / runs[1].name / "surface.npz"
+    nameless = load_surface(path)
+    del nameless.facts["weights_sha256"]
+    nameless.save(path)
+    assert [surface.label for surface in find_surfaces(measured, arms_of(runs)).values()] == [runs[3].name]
+
+
 def test_lines_have_no_grids(runs, tmp_path):
     digest = hashlib.sha256((runs[0] / "model.safetensors").read_bytes()).hexdigest()
     surface = Surface.empty("a", SurfaceSettings(points=7, dims=1), {"classes": 10, "weights_sha256": digest})
@@ -87,7 +133,7 @@ def test_lines_have_no_grids(runs, tmp_path):
 
 def test_what_cannot_stand_together_is_refused(runs, measured, tmp_path, make_run, capsys):
     write_surface(tmp_path / "begun", runs[0], 1.0, done=False)
-    write_surface(measured, runs[0], 1.0, images=60)
+    write_surface(measured, runs[1], 1.0, images=60)
     foreign = make_run("static")
     (foreign / "model.safetensors").write_bytes(b"other")
     (tmp_path / "empty").mkdir()

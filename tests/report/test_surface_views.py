@@ -79,9 +79,7 @@ def test_losses_that_are_not_finite_are_shown_as_such_and_said():
     section = surface_section(found, [one, other])
     first, second = told(section.figures[0].svg)[0], told(section.figures[0].svg)[2]
     assert first[20] == "nan" and "inf" in second and "1e+06" in second
-    assert (
-        "NaN or infinite (Dense, SGD 2) are drawn at the end of the scale, and count as the largest" in section.caption
-    )
+    assert "NaN or infinite (Dense, SGD 2) count as the largest finite loss: of" in section.caption
     assert "1 points lie above the end of the scale, 23" in section.caption
     assert "NaN" not in surface_section({other: surface()}, [other]).caption
 

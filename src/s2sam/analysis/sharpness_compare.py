@@ -72,7 +72,7 @@ def words(rows: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
         ]
     lines = [
         f"train losses match: they lie within {100 * found.spread:.1f} % of each other, {100 * tolerance:g} % is the "
-        "tolerance. What follows is about these runs, one each, and not about the methods that made them"
+        "tolerance, and what follows is about these runs, one each, and not about the methods that made them"
     ]
     rankings = {name: rank(rows, name) for name in INVARIANT}
     lines += [f"{NAMES[name]}: {order.text}" for name, order in rankings.items()]

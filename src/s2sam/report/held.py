@@ -130,4 +130,6 @@ def _missing(arms: Sequence[Arm], found: Mapping[Arm, Mapping[int, Result]]) -> 
     counts = [(arm.name, len(found.get(arm, {})), len(arm.runs)) for arm in arms]
     if not found or all(n == total for _, n, total in counts):
         return []
+    if len({(n, total) for _, n, total in counts}) == 1:
+        return ["Not every run was measured: {1} of {2} of each arm.".format(*counts[0])]
     return ["Not every run was measured: " + "; ".join(f"{name} {n} of {total}" for name, n, total in counts) + "."]

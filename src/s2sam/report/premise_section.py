@@ -42,10 +42,11 @@ def premise_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:
         for place in range(len(PANELS))
         if (figure := _panel(held, arms, base, place, f"premise{number}-{place}")) is not None
     ]
-    radii = ", ".join(
-        f"{arm.name} " + " and ".join(sorted({f"{r['rho']:g}" for r in seeds.values()}))
-        for arm, seeds in held.by_arm.items()
-    )
+    of_arms = {
+        arm.name: " and ".join(sorted({f"{r['rho']:g}" for r in seeds.values()})) for arm, seeds in held.by_arm.items()
+    }
+    one = set(of_arms.values())
+    radii = one.pop() if len(one) == 1 else ", ".join(f"{name} {rho}" for name, rho in of_arms.items())
     section = Section(
         "The premise of S2-SAM",
         f"Before some steps after each checkpoint, on the batch of the step ({held.first['settings']['looks']} looks): "
@@ -91,14 +92,15 @@ def last_in_training(points: Sequence[Result]) -> Result:
 def place(points: Sequence[Result]) -> str:
     """Where these points of several runs were looked at, and with which learning rates.
 
-    >>> place([{"step": 40, "lr": 0.05}, {"step": 40, "lr": 0.05}])
-    'from step 40 on, at learning rate 0.05'
+    >>> place([{"step": 40, "lr": 0.00954915}, {"step": 40, "lr": 0.00954915}])
+    'from step 40 on, at learning rate 0.00955'
     >>> place([{"step": 40, "lr": 0.05}, {"step": 80, "lr": 0.0, "over": True}])
     'from steps 40 to 80 on, at learning rates 0 to 0.05, in 1 of 2 runs after the end of training'
     """
-    steps, rates = sorted({p["step"] for p in points}), sorted({p["lr"] for p in points})
+    steps = sorted({p["step"] for p in points})
+    rates = list(dict.fromkeys(f"{rate:.3g}" for rate in sorted(p["lr"] for p in points)))
     over, n = sum(bool(p.get("over")) for p in points), len(points)
-    rate = f"at learning rate {rates[0]:g}" if len(rates) == 1 else f"at learning rates {rates[0]:g} to {rates[-1]:g}"
+    rate = f"at learning rate {rates[0]}" if len(rates) == 1 else f"at learning rates {rates[0]} to {rates[-1]}"
     if over == n:
         return f"after the end of training, {rate}"
     step = f"from step {steps[0]:,} on" if len(steps) == 1 else f"from steps {steps[0]:,} to {steps[-1]:,} on"

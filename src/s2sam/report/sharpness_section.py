@@ -85,8 +85,15 @@ def sentences(held: Held, arms: Sequence[Arm]) -> list[str]:
             continue
         rows = [r | {"run": _short(arm, seed, held)} for arm in own for seed, r in held.by_arm[arm].items()]
         found = match(rows, TOLERANCE)
-        if not found.matched or all(len(held.by_arm[arm]) == 1 for arm in own):
-            said += [f"{base}: {line}." for line in words(rows, TOLERANCE)]
+        single = all(len(held.by_arm[arm]) == 1 for arm in own)
+        if found.matched and single and len({seed for arm in own for seed in held.by_arm[arm]}) > 1:
+            *names, last = [row["run"] for row in rows]
+            said.append(
+                f"{base}: {', '.join(names)}, and {last}, were measured at other seeds, so they are not compared."
+            )
+            continue
+        if not found.matched or single:
+            said.append(f"{base}: {'; '.join(words(rows, TOLERANCE))}.")
             continue
         said.append(
             f"{base}: train losses match, as they lie within {100 * found.spread:.1f} % of each other; "
@@ -100,8 +107,9 @@ def sentences(held: Held, arms: Sequence[Arm]) -> list[str]:
 
 
 def _short(arm: Arm, seed: int, held: Held) -> str:
-    several = any(len(seeds) > 1 for other, seeds in held.by_arm.items() if other.base == arm.base)
-    return f"{arm.treatment}, seed {seed}" if several else arm.treatment
+    """The arm, and the seed if there are several in its network."""
+    seeds = {one for other, found in held.by_arm.items() if other.base == arm.base for one in found}
+    return f"{arm.treatment}, seed {seed}" if len(seeds) > 1 else arm.treatment
 
 
 def _paired(held: Held, arm: Arm, reference: Arm, name: str, rows: Sequence[Result], count: int) -> str:

@@ -42,6 +42,21 @@ def ceiling(surfaces: Sequence[Surface]) -> float:
     return min(largest, GUESSES * math.log(max(2, min(int(s.facts["classes"]) for s in surfaces))))
 
 
+def band(surface: Surface) -> tuple[Loss, Loss, Loss]:
+    """(mean, lowest, highest) loss along single directions, as measured: the axis ends the picture, not the losses.
+
+    Those that are not finite count as the largest finite one of all the lines.
+    """
+    lines = clipped(surface.profiles())[0]
+    low, high = lines.min(axis=0), lines.max(axis=0)
+    return lines.mean(axis=0).clip(low, high), low, high  # a mean of equal numbers may round to one above them
+
+
+def loss_limits(top: float) -> tuple[float, float]:
+    """Of the axis of lines, from nothing to `top`."""
+    return 0.0, 1.02 * top if top > 0 else 1.0
+
+
 def cut_points(surfaces: Sequence[Surface]) -> dict[str, int]:
     """How many points of each run lie above the end of the axis or are not finite; runs without any are left out."""
     top = ceiling(surfaces)
@@ -104,11 +119,11 @@ def draw_profiles(surfaces: Sequence[Surface], stem: Path) -> list[Path]:
         figure = new_figure(5.6, 3.4)
         axes = figure.add_subplot()
         for place, surface in enumerate(surfaces):
-            lines = clipped(surface.profiles())[0]
+            mean, low, high = band(surface)
             t, colour = surface.settings.coordinates, PALETTE[place % len(PALETTE)][0]
-            axes.fill_between(t, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.15, lw=0)
-            axes.plot(t, lines.mean(axis=0), color=colour, label=shorten(surface.label, 40))
-        axes.set_ylim(top=1.02 * top if top > 0 else None)
+            axes.fill_between(t, low, high, color=colour, alpha=0.15, lw=0)
+            axes.plot(t, mean, color=colour, label=shorten(surface.label, 40))
+        axes.set_ylim(*loss_limits(top))
         axes.set_xlabel("distance from the weights, filter norms")
         axes.set_ylabel("loss (nats)")
         axes.set_title(f"Along {len(surfaces[0].profiles())} random directions: mean, lowest to highest")

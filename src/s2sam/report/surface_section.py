@@ -8,46 +8,47 @@ from typing import Any
 
 import numpy as np
 
-from s2sam.analysis.roughness import clipped
 from s2sam.analysis.surface_file import Surface, load_surface
 from s2sam.report.arm_bars import Dot, arm_bars
 from s2sam.report.arms import Arm
 from s2sam.report.draw import End, end_labels
 from s2sam.report.held import digest_of
 from s2sam.report.panels import Figure, Section, treatments
-from s2sam.report.surface_plots import ceiling
+from s2sam.report.read import Run
+from s2sam.report.surface_plots import band, ceiling, loss_limits
 from s2sam.report.surface_views import PAIRS, views
-from s2sam.report.svg import mark, new_axes, series_colour, style, to_svg
+from s2sam.report.svg import mark, new_axes, series_colour, shorten, style, to_svg
 from s2sam.train.finished import WEIGHTS
 
 Found = dict[Arm, Surface]
+_NAME = 28  #: characters at the end of a line
 _RA = {"ra_raw": "Ra_raw, height of the bowl", "ra_detrended": "Ra_detrended, without the bowl"}
 
 
 def find_surfaces(folder: str | Path, arms: Sequence[Arm]) -> Found:
-    """The surface of one run of each arm, the lowest seed that has one; arms without any are left out.
+    """The surface of one run of each arm; arms without any are left out.
 
-    Surfaces are known by the digest of the weights they were measured at, the final or the averaged ones, so runs and
-    folders may have been moved.
+    The arms of a network are shown at the lowest seed that all of them have, else each at its own lowest. Surfaces are
+    known by the digest of the weights they were measured at, the final or the averaged ones, so runs and folders may
+    have been moved.
 
     Raises:
-        ValueError: no file of `s2sam surface` in `folder`, one is damaged or not finished, none belongs to these runs,
-            or they have not been measured in the same way.
+        ValueError: no file of `s2sam surface` in `folder`, one is damaged, none belongs to these runs, one that does is
+            not finished, or they have not been measured in the same way.
     """
     files = sorted(Path(folder).glob("*/surface.npz"))
     if not files:
         raise ValueError(f"{folder} holds no surfaces; give the --out folder of `s2sam surface`")
     measured = {path: load_surface(path) for path in files}
-    for path, surface in measured.items():
-        if not surface.done.all():
-            raise ValueError(f"{path} is not finished; run the command that made it again")
-    by_weights = {surface.facts.get("weights_sha256"): surface for surface in measured.values()}
-    found: Found = {}
+    by_weights = {surface.facts.get("weights_sha256"): path for path, surface in measured.items()}
+    held: dict[Arm, dict[int, Surface]] = {}
     for arm in arms:
-        held = [digest_of(run.folder, kind) for run in arm.runs.values() for kind in WEIGHTS]
-        mine = next((by_weights[digest] for digest in held if digest in by_weights), None)
-        if mine is not None:
-            found[arm] = mine
+        for seed, run in arm.runs.items():
+            for path in [by_weights[digest] for digest in _digests(run) if digest in by_weights]:
+                if not measured[path].done.all():
+                    raise ValueError(f"{path} is not finished; run the command that made it again")
+                held.setdefault(arm, {}).setdefault(seed, measured[path])
+    found = _chosen(held)
     if not found:
         raise ValueError(
             f"no surface in {folder} was measured at weights that these runs hold now; run `s2sam surface` on them"
@@ -72,7 +73,45 @@ def surface_section(found: Mapping[Arm, Surface], arms: Sequence[Arm]) -> Sectio
         for key, title in _RA.items():
             values = {arm: [Dot(value) for value in found[arm].summary()[key]] for arm in shown}
             figures.append(arm_bars(title, "nats", values, treatments(arms), f"surface-{key}"))
-    return Section("Loss surfaces", " ".join([*_where(found[shown[0]]), *_lost(shown, found)]), tuple(figures))
+    caption = [*_where(found[shown[0]]), *_seeds(shown, found), *_lost(shown, found)]
+    return Section("Loss surfaces", " ".join(caption), tuple(figures))
+
+
+def _digests(run: Run) -> list[str]:
+    """Of the weights in its folder, the final ones first."""
+    return [digest for kind in WEIGHTS if (digest := digest_of(run.folder, kind)) is not None]
+
+
+def _chosen(held: Mapping[Arm, Mapping[int, Surface]]) -> Found:
+    """A surface of each arm: those of a network at the lowest seed of all of them, if there is one."""
+    found = {}
+    for arm, seeds in held.items():
+        common = set(seeds).intersection(*(others for rival, others in held.items() if rival.base == arm.base))
+        found[arm] = seeds[min(common or seeds)]
+    return found
+
+
+def _seeds(arms: Sequence[Arm], found: Mapping[Arm, Surface]) -> list[str]:
+    """Which seed the runs are of, and where those of a network are of different ones."""
+    networks: dict[str, dict[str, int]] = {}
+    for arm in arms:
+        weights = found[arm].facts.get("weights_sha256")
+        seed = next((seed for seed, run in arm.runs.items() if weights in _digests(run)), None)
+        if seed is not None:
+            networks.setdefault(arm.base, {})[arm.treatment] = seed
+    if len(every := {seed for seeds in networks.values() for seed in seeds.values()}) == 1:
+        return [f"Each run is of training seed {every.pop()}."]
+    lines = []
+    for base, seeds in networks.items():
+        if len(set(seeds.values())) == 1:
+            lines.append(f"{base}: training seed {min(seeds.values())}.")
+            continue
+        listed = "; ".join(f"{name} seed {seed}" for name, seed in seeds.items())
+        lines.append(
+            f"{base}: the runs are of different training seeds ({listed}), so what differs between them may be due to "
+            "the seed."
+        )
+    return lines
 
 
 def _where(first: Surface) -> list[str]:
@@ -111,11 +150,14 @@ def _lost(arms: Sequence[Arm], found: Mapping[Arm, Surface]) -> list[str]:
     if any(wild.values()):
         counts = ", ".join(f"{name} {count}" for name, count in wild.items() if count)
         lines.append(
-            f"Losses that are NaN or infinite ({counts}) are drawn at the end of the scale, and count as the largest "
-            "finite loss of their grid for Ra."
+            f"Losses that are NaN or infinite ({counts}) count as the largest finite loss: of their grid in its "
+            "picture and for Ra, of all lines of the run in its band and mean."
         )
     if cut:
-        lines.append(f"{cut} points lie above the end of the scale, {top:.3g}, and are cut off.")
+        lines.append(
+            f"{cut} points lie above the end of the scale, {top:.3g}, and are cut off in the pictures; means and Ra "
+            "take them as they are."
+        )
     return lines
 
 
@@ -125,27 +167,24 @@ def _comparable(surface: Surface) -> dict[str, Any]:
 
 
 def _profiles(base: str, shown: Sequence[Arm], found: Mapping[Arm, Surface], arms: Sequence[Arm]) -> Figure:
-    """Along single directions: mean, and the band from the lowest to the highest."""
+    """Along single directions: mean, and the band from the lowest to the highest; the axis cuts off what is above."""
     names, top = treatments(arms), ceiling([found[arm] for arm in shown])
     unit = f"surface-{base}".replace(" ", "-").replace("%", "")
     figure, axes = new_axes(base, "distance from the weights, filter norms", "loss (nats)")
     ends: list[End] = []
+    said: list[str] = []
+    above = f"above {top:.3g}"
     for arm in (a for a in shown if a.base == base):
         series = names.index(arm.treatment)
-        lines, t, colour = (
-            clipped(found[arm].profiles(), top)[0],
-            found[arm].settings.coordinates,
-            series_colour(series),
-        )
-        mark(
-            axes.fill_between(t, lines.min(0), lines.max(0), color=colour, alpha=0.15, lw=0), series, unique=f"b{unit}"
-        )
-        (line,) = axes.plot(t, lines.mean(0), color=colour)
+        (mean, low, high), t, colour = band(found[arm]), found[arm].settings.coordinates, series_colour(series)
+        mark(axes.fill_between(t, low, high, color=colour, alpha=0.15, lw=0), series, unique=f"b{unit}")
+        (line,) = axes.plot(t, mean, color=colour)
         mark(line, series, unique=f"l{unit}")
-        ends.append((float(lines.mean(0)[-1]), arm.treatment, colour, series))
-    axes.set_ylim(0, 1.02 * top if top > 0 else 1.0)
+        end, name = float(mean[-1]), arm.treatment
+        said.append(f"{name} {f'{end:.3g}' if end <= top else above} at the end")
+        text = name if end <= top else f"{shorten(name, _NAME - len(above) - 2)}, {above}"
+        ends.append((min(end, top), text, colour, series))
+    axes.set_ylim(*loss_limits(top))
     end_labels(axes, ends, unit)
-    words = f"Loss along random directions, {base}: " + ", ".join(
-        f"{text} {v:.3g} at the end" for v, text, _, _ in ends
-    )
+    words = f"Loss along random directions, {base}: {', '.join(said)}"
     return Figure(to_svg(figure, unit, words), words)
