@@ -129,7 +129,7 @@ def test_a_failure_is_told_by_the_exit_code(table, tmp_path, capsys):
         (["1", "--budget", "smoke", "--seeds", "1", "1"], "none twice"),
         (["1", "--budget", "smoke", "--launcher-option", "a=1"], "needs --launcher ray or --launcher slurm"),
         (["1", "--budget", "smoke", "--set", "epoch=3"], "unknown key 'epoch' in --set; did you mean 'epochs'?"),
-        (["1", "--budget", "smoke", "--set", "sam.scope=norm"], "sam.scope cannot stand in --set, as it is what columns"),
+        (["1", "--budget", "smoke", "--set", "sam.scope=norm"], "sam.scope cannot stand in --set, as it is what"),
         (["1", "--budget", "smoke", "--set", "rho=.1"], "rho cannot stand in --set, as"),
         (["1", "--budget", "smoke", "--set", "lr=[1"], "--set lr takes a value in YAML, not '[1'"),
         (["1", "--budget", "smoke", "--set", "lr=fast"], "lr must be"),

@@ -197,7 +197,7 @@ class S2SAM:
                 "S2SAM: a displacement was requested while a backward runs, so the forward it belongs to used the "
                 "clean weights; use torch.utils.checkpoint with use_reentrant=False"
             )
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 "S2SAM: a CUDA graph that captures the whole step would replay this step's rho and window for ever; "
                 "capture forward and backward only (torch.compile with mode='reduce-overhead' does)"
