@@ -26,7 +26,8 @@ from s2sam.data.corruptions import CORRUPTIONS
 
 FACTS = {
     "run": "a", "source": "official", "layout": "imagenet-c", "classes": 1000, "corruptions": list(CORRUPTIONS),
-    "severities": [1, 2, 3, 4, 5], "arm": "x", "run_seed": 0,
+    "severities": [1, 2, 3, 4, 5], "arm": "x", "run_seed": 0, "weights": "final", "weights_sha256": "00",
+    "data_digest": "11", "corrupted_digest": None, "images": 10, "all_images": 10,
 }  # fmt: skip
 
 
@@ -161,7 +162,9 @@ def test_files_come_back_and_damaged_ones_are_named(tmp_path):
     save(result, path)
     assert path.name == "robustness-official.json" and path_of(tmp_path, "generated") != path
     assert read(path) == json.loads(json.dumps(result))
-    for damage in ("", "[]", path.read_text()[:-100], path.read_text().replace('"fog"', '"frog"', 1)):
+    text = path.read_text()
+    lacking = (text.replace('"fog"', '"frog"', 1), text.replace('"arm"', '"ram"'), text.replace('"images"', '"image"'))
+    for damage in ("", "[]", text[:-100], *lacking):
         path.write_text(damage)
         with pytest.raises(ValueError, match=r"official.json is damaged or no result"):
             read(path)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from s2sam.analysis.bound_suite import Boundary, boundary_check, limit_cycles
 from s2sam.analysis.stability import METHODS, Setting, critical_curvature, polynomials, root_radius
 from s2sam.analysis.stability_measured import (
+    check_measurable,
     grows,
     limit_cycle,
     measured_critical_curvature,
@@ -157,3 +158,18 @@ def test_refusals(values, sentence):
 def test_the_measurement_refuses_what_it_has_too_few_steps_for():
     with pytest.raises(ValueError, match="at most 0.99"):
         measured_critical_curvature(SGD, Setting(momentum=0.995))
+    slow = Setting(lr=0.001, momentum=0.99, c=1.0)  # 1,990 steps a turn: growth and oscillation look alike for long
+    plus = BY_NAME["S2-SAM +momentum"]
+    with pytest.raises(ValueError, match="boundary of S2-SAM \\+momentum .* 9,000 are the limit"):
+        measured_critical_curvature(plus, slow)
+    with pytest.raises(ValueError, match="choose a lower momentum or beta, or a c nearer to lr"):
+        check_measurable(slow)
+    assert measured_critical_curvature(SGD, slow) == pytest.approx(3980.0, rel=0.01)
+
+
+def test_a_slow_boundary_is_watched_for_longer():
+    """One turn of the critical mode takes 140 steps: 900 of them do not show whether it grows."""
+    setting, plus = Setting(lr=0.001, momentum=0.9, c=0.05), BY_NAME["S2-SAM +momentum"]
+    assert 1200 < check_measurable(setting) < 1300
+    measured = measured_critical_curvature(plus, setting)
+    assert boundary_check(Boundary(plus.name, critical_curvature(plus, setting), measured)).holds

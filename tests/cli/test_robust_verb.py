@@ -123,6 +123,32 @@ def test_stored_results_are_compared_without_measuring(runs, tmp_path, capsys, m
     assert "corruption_seed is 0 for the first and 4 for the second; measure both in one command" in said
 
 
+def test_stored_results_of_other_weights_are_not_shown(runs, tmp_path, capsys):
+    folders = [shutil.copytree(runs / f"rigl-seed{seed}", tmp_path / f"run{seed}") for seed in (0, 1)]
+    assert main(["robust", *map(str, folders), *QUICK, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    argv = (*folders, "--read-only", "--out", tmp_path / "again")
+    path = folders[1] / "robustness-generated.json"
+    whole, weights = path.read_text(), folders[1] / "model.safetensors"
+    shutil.copy(weights, folders[1] / "ema.safetensors")
+    path.write_text(whole.replace('"weights": "final"', '"weights": "ema"'))
+    assert "weights is final for the first and ema for the second" in refused(capsys, *argv)
+    path.write_text(whole.replace('"arm"', '"arms"'))
+    assert "is damaged or no result of" in refused(capsys, *argv)
+    path.write_text(whole)
+    assert main(["robust", *map(str, argv)]) == 0
+    capsys.readouterr()
+    shutil.copy(folders[0] / "model.safetensors", weights)
+    assert f"{path} was measured at other weights than the run has now" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("option", ["--corruptions=fog", "--severities=3", "--images=20", "--seed=4", "--weights=ema"])
+def test_options_of_a_measurement_have_no_effect_on_stored_results(runs, tmp_path, capsys, option):
+    said = refused(capsys, runs / "dense", "--read-only", option, "--out", tmp_path / "out")
+    assert f"{option.partition('=')[0]} has no effect with --read-only; leave it out" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stored_result_is_of_the_constants_asked_for_or_of_those_of_the_size(runs, tmp_path):
     folder = shutil.copytree(runs / "dense", tmp_path / "run", ignore=shutil.ignore_patterns("robustness-*"))
     few = ("--corruptions", "brightness", "--severities", "1", "--images", "60", "--device", "cpu")

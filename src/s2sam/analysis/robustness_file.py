@@ -18,7 +18,13 @@ Result = dict[str, Any]
 #: what must agree between results in one table; the digest says that the corrupted pixels are the same
 SHARED = (
     "format", "source", "constants", "layout", "corruption_seed", "data_digest", "split", "images", "image_seed",
-    "corruptions", "severities", "ece_bins", "corrupted_digest",
+    "corruptions", "severities", "ece_bins", "corrupted_digest", "weights",
+)  # fmt: skip
+#: what every result holds besides; those of official and of generated images differ in the rest
+NEEDED = (
+    "arm", "run_seed", "source", "weights", "weights_sha256", "data_digest", "corrupted_digest", "images", "all_images",
+    "clean", "clean_error", "mean_corruption_accuracy", "mean_corruption_error", "relative_mean_corruption_error",
+    "retained_accuracy", "mce_alexnet", "relative_mce_alexnet", "mean_corruption_nll", "mean_corruption_ece",
 )  # fmt: skip
 
 
@@ -81,6 +87,7 @@ def read(path: Path) -> Result:
         whole = result["format"] == FORMAT and all(
             set(result["cells"][name]) == set(map(str, result["severities"])) for name in result["corruptions"]
         )
+        whole = whole and all(name in result for name in NEEDED)
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:

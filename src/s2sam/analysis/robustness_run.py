@@ -156,6 +156,22 @@ def arm_of(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def read_of(folder: Path, kind: str) -> Result:
+    """What a run folder holds of "generated" or "official" images, measured with the weights that the run has now.
+
+    Raises:
+        ValueError: there is none, it is damaged or of other weights, or there is no finished run.
+    """
+    read_folder(folder)
+    path = path_of(folder, kind)
+    result = read(path)
+    if result["weights_sha256"] != weights_digest(folder, result["weights"]):
+        raise ValueError(
+            f"{path} was measured at other weights than the run has now; run `s2sam robust {folder}` again"
+        )
+    return result
+
+
 def stored(folder: Path, settings: RobustSettings) -> Result | None:
     """The result in the folder of a run, if it is of these settings, this run and, by name, these official files.
 

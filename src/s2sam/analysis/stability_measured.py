@@ -3,37 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from s2sam.analysis.stability import Array, Method, Setting, first_unstable
+from s2sam.analysis.stability import METHODS, Array, Method, Setting, critical_curvature, first_unstable, polynomials
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 
 FAR = 1e6  #: a deviation that began at 1 and comes this far has diverged
 ROUNDING = 1e-9  #: one that is smaller than that has died out
+STEPS, MOST = 900, 9000  #: of a measurement, at least and at most
 
 
-def measured_critical_curvature(method: Method, setting: Setting, *, steps: int = 900, points: int = 129) -> float:
-    """The lowest curvature at which the real optimizer is unstable, found without the polynomial, to 0.05 %.
+def measured_critical_curvature(
+    method: Method, setting: Setting, *, steps: int | None = None, points: int = 129
+) -> float:
+    """The lowest curvature at which the real optimizer is unstable, found by training, to 0.05 %.
+
+    The polynomial only says how many `steps` to watch, unless they are given: see :func:`steps_needed`.
 
     Raises:
-        ValueError: momentum or beta above 0.99, which need more steps than these to show whether they are stable.
+        ValueError: it would take too many steps to show whether a deviation grows.
 
     Cost: 2 or 3 runs of `steps` steps.
     """
-    check_measurable(setting)
-    return first_unstable(lambda h: grows(method, h, setting, steps=steps), setting, points=points, within=1e-3)
+    watched = check_measurable(setting, (method,)) if steps is None else steps
+    return first_unstable(lambda h: grows(method, h, setting, steps=watched), setting, points=points, within=1e-3)
 
 
-def check_measurable(setting: Setting) -> None:
-    """Raise ValueError if deviations change too slowly for the number of steps."""
+def check_measurable(setting: Setting, methods: Sequence[Method] = METHODS) -> int:
+    """The steps that the slowest of these methods needs; ValueError if they are more than 9,000, or not known."""
     if max(setting.momentum, setting.beta) > 0.99:
         raise ValueError("the stability boundary is measured for momentum and beta of at most 0.99; choose a lower one")
+    steps = {method.name: steps_needed(method, setting) for method in methods}
+    slowest = max(steps, key=lambda name: steps[name])
+    if steps[slowest] > MOST:
+        raise ValueError(
+            f"near the boundary of {slowest} deviations change so slowly that {steps[slowest]:,.0f} steps would be "
+            f"needed to measure it, and {MOST:,} are the limit; choose a lower momentum or beta, or a c nearer to lr"
+        )
+    return int(steps[slowest])
+
+
+def steps_needed(method: Method, setting: Setting) -> float:
+    """Steps after which the critical mode shows: 18 of its beats, 6 time constants of the slowest other mode, or 900.
+
+    At the critical curvature one root z (with its conjugate) has modulus 1; |z^t| as seen in whole steps repeats after
+    pi / (distance of its angle from 0 and pi). Another root r dies out within a few 1 / (1 - |r|) steps; before that it
+    hides what grows.
+
+    >>> slow = Setting(lr=0.001, momentum=0.99, c=1.0)
+    >>> steps_needed(METHODS[0], Setting()), round(steps_needed(METHODS[5], slow), -3)
+    (900.0, 18000.0)
+    """
+    h = critical_curvature(method, setting)
+    if not math.isfinite(h):
+        return float(STEPS)
+    roots = np.roots(polynomials(method, np.array([h]), setting)[0])
+    sizes, angles = np.abs(roots), np.abs(np.angle(roots))
+    critical = int(sizes.argmax())
+    turn = min(angles[critical], math.pi - angles[critical])
+    beat = math.pi / turn if turn > 1e-9 else 1.0
+    twins = np.isclose(roots, roots[critical], atol=1e-6) | np.isclose(roots, roots[critical].conj(), atol=1e-6)
+    slowest = float(sizes[~twins].max(initial=0.0))
+    return float(max(STEPS, 18 * beat, 6 / max(1 - slowest, 1e-12)))
 
 
 def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 900) -> NDArray[np.bool_]:

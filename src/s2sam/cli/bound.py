@@ -45,8 +45,8 @@ def run(argv: list[str]) -> int:
     for name, default in (SUITE | RUNS).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2^63, got {args.seed}")
     command = shlex.join(["s2sam", "bound", *argv])
     return _suite(args, command) if args.suite else _runs(args, command)
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from s2sam.report.robust_arms import RobustArm
 
 HELP = "accuracy and calibration of finished runs on corrupted images"
+#: options that say how to measure
+MEASURING = (
+    "--corruptions", "--severities", "--images", "--constants", "--seed", "--batch-size", "--weights", "--device",
+)  # fmt: skip
 COLUMNS = (  # title, measure, factor, digits
     ("clean error", "clean_error", 100.0, 2), ("clean ECE", "clean.ece", 100.0, 2),
     ("mean error", "mean_corruption_error", 100.0, 2),
@@ -32,18 +36,20 @@ def run(argv: list[str]) -> int:
         ValueError: runs that are not finished or cannot be compared, official files that are missing or damaged,
             generated and official images in one table, or an impossible option.
     """
-    args = parser().parse_args(argv)
+    made = parser()
+    args = made.parse_args(argv)
+    if args.read_only:
+        made.refuse(argv, MEASURING, "with --read-only")
     official = source(args.source)
 
     from rich.console import Console
 
     from s2sam.analysis.plain_json import to_json
-    from s2sam.analysis.robustness_file import path_of, read, save
-    from s2sam.analysis.robustness_run import RobustSettings, measure
+    from s2sam.analysis.robustness_file import path_of, save
+    from s2sam.analysis.robustness_run import RobustSettings, measure, read_of
     from s2sam.data.corruptions import CORRUPTIONS
     from s2sam.report.robust_arms import compare, group, sentence
     from s2sam.train.atomic import write_text
-    from s2sam.train.finished import read_folder
 
     settings = RobustSettings(
         official=official, corruptions=tuple(args.corruptions or CORRUPTIONS), severities=tuple(args.severities),
@@ -55,9 +61,7 @@ def run(argv: list[str]) -> int:
     paths = [path_of(folder, settings.kind) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known now, not after hours
     if args.read_only:
-        for folder in folders:
-            read_folder(folder)
-        found = [{**read(path), "run": name} for path, name in zip(paths, names, strict=True)]
+        found = [{**read_of(folder, settings.kind), "run": name} for folder, name in zip(folders, names, strict=True)]
     else:
         with progress(console) as show:
             text = f"{len(settings.corruptions)} corruptions x {len(settings.severities)} severities"
