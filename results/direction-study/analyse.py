@@ -23,7 +23,9 @@ Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 
 
 def report() -> str:
-    """The whole report, which is also written to report.md."""
+    """The whole report, which is also written to report.md, with its figure."""
+    from figures import draw  # which is made of what stands here
+
     parts = ["# Direction study: results", "Made from `raw.csv` by `python results/direction-study/study.py report`."]
     stages = {row["stage"] for row in rows()}
     sections = {
@@ -33,6 +35,8 @@ def report() -> str:
     for stage, section in sections.items():
         if stage in stages:
             parts += section([row for row in rows() if row["stage"] == stage])
+    figure = draw()
+    parts += [f"![Every arm against the better baseline]({figure.name})"] if figure else []
     text = "\n\n".join(parts) + "\n"
     Path(HERE / "report.md").write_text(text, encoding="utf-8")
     return text
@@ -101,13 +105,13 @@ def trials(title: str, found: Sequence[Row]) -> list[str]:
 
 
 def findings() -> list[tuple[str, Difference]]:
-    """The primary contrast and the paper's variant against the better baseline, as far as all their runs are done."""
-    cells, _, reference = design([row for row in rows() if row["stage"] == "confirmation"])
-    return [
-        (f"{arm} minus {reference}, mean over 4 cells", pooled(cells, arm, reference))
-        for arm in compared(cells, reference)
-        if arm != NOISE
-    ]
+    """Every arm of stages 3 and 4 that has all its runs, but the noise, against the better baseline."""
+    found, reference = rows(), baseline()
+    shown = []
+    for stage in ("confirmation", "confirmation 2"):
+        cells = with_baseline([row for row in found if row["stage"] == stage])
+        shown += [(arm, pooled(cells, arm, reference)) for arm in compared(cells, reference) if arm != NOISE]
+    return [(f"{arm} minus {reference}, mean over 4 cells", gap) for arm, gap in shown]
 
 
 def compared(cells: Cells, reference: str) -> list[str]:
@@ -213,7 +217,7 @@ def against(cells: Cells, arm: str, reference: str) -> list[list[str]]:
 
 def differences(lines: Sequence[Sequence[str]]) -> str:
     """Contrasts with their intervals."""
-    return table(["difference, points", "mean", "95 % interval", "n"], lines)
+    return table(["difference, points", "mean", "95 % interval", "equivalent within +-", "n"], lines)
 
 
 def pooled(cells: Cells, arm: str, reference: str) -> Difference:
@@ -262,9 +266,16 @@ def verdict(title: str, candidate: str, reference: str, gap: Difference, primary
 
 
 def words(gap: Difference, *, simultaneous: bool) -> list[str]:
-    """Mean, interval and n of a difference."""
+    """Mean, interval and n of a difference; of a pooled one also what it is equivalent within."""
     interval = gap.simultaneous if simultaneous else gap.interval
-    return [f"{gap.mean:+.2f}", "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]", f"{gap.n}"]
+    bounds = "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
+    return [f"{gap.mean:+.2f}", bounds, "" if simultaneous else equivalence(gap), f"{gap.n}"]
+
+
+def equivalence(gap: Difference) -> str:
+    """The smallest +-delta that two one-sided tests at 5 % call equivalent: the farther end of the 90 % interval."""
+    interval = t_interval(list(gap.per_seed.values()), level=0.9)
+    return "-" if interval is None else f"{max(abs(interval.low), abs(interval.high)):.2f}"
 
 
 def by_arm(found: Sequence[Row]) -> dict[str, dict[int, Row]]:
