@@ -70,7 +70,7 @@ def put_robust(runs, source="generated", **change):
         facts = {
             "source": source, "constants": "cifar", "layout": "cifar-c", "corruption_seed": 0, "all_images": 500,
             "corruptions": list(NAMES), "severities": [1, 3, 5], "images": 400, "classes": 10, "arm": kind,
-            "run_seed": seed, "weights": "final", **change,
+            "run_seed": seed, "weights": "final", "data_digest": "d", "corrupted_digest": "c", **change,
         }  # fmt: skip
         result = assemble(facts, {"top1": 0.9 + 0.01 * seed, "nll": 1.0, "ece": 0.1}, cells)
         put(folder, f"robustness-{source}.json", result)

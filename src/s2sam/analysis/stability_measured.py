@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from s2sam.analysis.stability import METHODS, Array, Method, Setting, critical_curvature, first_unstable, polynomials
+from s2sam.analysis.stability import (
+    METHODS,
+    Array,
+    Method,
+    Setting,
+    critical_curvature,
+    first_unstable,
+    polynomials,
+)
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 
@@ -50,11 +58,11 @@ def check_measurable(setting: Setting, methods: Sequence[Method] = METHODS) -> i
 
 
 def steps_needed(method: Method, setting: Setting) -> float:
-    """Steps after which the critical mode shows: 18 of its beats, 6 time constants of the slowest other mode, or 900.
+    """Steps after which the critical mode shows: 18 of its beats, and until no other mode hides it; at least 900.
 
-    At the critical curvature one root z (with its conjugate) has modulus 1; |z^t| as seen in whole steps repeats after
-    pi / (distance of its angle from 0 and pi). Another root r dies out within a few 1 / (1 - |r|) steps; before that it
-    hides what grows.
+    At 0.5 % above the critical curvature one root z (with its conjugate) is the largest; |z^t| as seen in whole steps
+    repeats after pi / (distance of its angle from 0 and pi). Another root r hides what grows until it has died out,
+    6 / (1 - |r|) steps, or until that has grown by e^20.
 
     >>> slow = Setting(lr=0.001, momentum=0.99, c=1.0)
     >>> steps_needed(METHODS[0], Setting()), round(steps_needed(METHODS[5], slow), -3)
@@ -63,14 +71,15 @@ def steps_needed(method: Method, setting: Setting) -> float:
     h = critical_curvature(method, setting)
     if not math.isfinite(h):
         return float(STEPS)
-    roots = np.roots(polynomials(method, np.array([h]), setting)[0])
+    roots = np.roots(polynomials(method, np.array([1.005 * h]), setting)[0])
     sizes, angles = np.abs(roots), np.abs(np.angle(roots))
     critical = int(sizes.argmax())
     turn = min(angles[critical], math.pi - angles[critical])
     beat = math.pi / turn if turn > 1e-9 else 1.0
-    twins = np.isclose(roots, roots[critical], atol=1e-6) | np.isclose(roots, roots[critical].conj(), atol=1e-6)
-    slowest = float(sizes[~twins].max(initial=0.0))
-    return float(max(STEPS, 18 * beat, 6 / max(1 - slowest, 1e-12)))
+    others = np.abs(sizes - sizes[critical]) > 1e-9
+    slowest = float(sizes[others].max(initial=0.0))
+    hidden = min(6 / max(1 - slowest, 1e-12), 20 / max(sizes[critical] - 1, 1e-12))
+    return float(max(STEPS, 18 * beat, hidden))
 
 
 def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 900) -> NDArray[np.bool_]:
