@@ -24,13 +24,15 @@ Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 
 def report() -> str:
     """The whole report, which is also written to report.md, with its figure."""
-    from figures import draw  # which is made of what stands here
+    import sparser
+    from figures import draw  # both are made of what stands here
 
     parts = ["# Direction study: results", "Made from `raw.csv` by `python results/direction-study/study.py report`."]
     stages = {row["stage"] for row in rows()}
     sections = {
         "baselines": baselines, "screening": screening, "screening 2": screening, "joint": joint,
         "confirmation": confirmation, STAGE_4: on_nesterov, "confirmation 2": second, "density": density,
+        sparser.STAGE: sparser.section,
     }  # fmt: skip
     for stage, section in sections.items():
         if stage in stages:
@@ -144,11 +146,11 @@ def confirmation(found: Sequence[Row]) -> list[str]:
     if candidate not in names:
         return [*parts, f"Under way: {len(found)} runs are done."]
     papers = [arm for arm in names if is_paper(arm)]
-    others = [*papers, *(arm for arm in names if arm in arms()["baselines"])]
+    others = [*papers, *(arm for arm in names if arm in (*arms()["baselines"], NOISE))]
     contrasts = [line for arm in names for line in against(cells, arm, reference)]
-    contrasts += [
-        [f"{candidate} minus {arm}", *words(pooled(cells, candidate, arm), simultaneous=False)] for arm in others
-    ]
+    pairs = [(candidate, arm) for arm in others]
+    pairs += [(arm, "sgd") for arm in (*papers, NOISE) if {arm, "sgd"} <= set(names)]
+    contrasts += [[f"{a} minus {b}", *words(pooled(cells, a, b), simultaneous=False)] for a, b in pairs]
     primary = pooled(cells, candidate, reference)
     return [
         *parts, accuracies(cells, (reference, *names)), differences(contrasts),

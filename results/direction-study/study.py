@@ -1,7 +1,7 @@
 """Screening and confirmation of displacement directions; protocol.md says what is done and why.
 
     python results/direction-study/study.py data --source FOLDER   # proxy.npz from CIFAR-10 as parquet files
-    python results/direction-study/study.py baselines|screening|confirmation|nesterov [--jobs 2]
+    python results/direction-study/study.py baselines|screening|confirmation|nesterov|sparser [--jobs 2]
     python results/direction-study/study.py report                 # raw.csv -> tables on the screen and in report.md
 
 Every stage can be stopped and repeated: finished runs stand in raw.csv and are not run again.
@@ -34,6 +34,7 @@ NOISE, STAGE_4 = "noise like the candidate", "on nesterov"
 DENSITY_FACTOR = (0.1 / 0.2) ** 0.5  #: of rho at 90 %, for the root mean square of e at an active weight that 80 % has
 SCREENED, CONFIRMED = range(8), range(1000, 1008)
 CELLS = {"static80": ("static", 0.8), "static90": ("static", 0.9), "rigl80": ("rigl", 0.8), "rigl90": ("rigl", 0.9)}
+SPARSER = {f"{method}{100 * s:.0f}": (method, s) for s in (0.95, 0.98) for method in ("static", "rigl")}  #: stage 5
 COMMON: dict[str, Any] = {
     "data": str(DATA), "model": "resnet8", "epochs": 80, "batch_size": 64, "lr": 0.1, "device": "cpu",
     "channels_last": True, "evaluate_every": 80, "sam.stats_every": 50, "sparse.options": {"delta_t": 50},
@@ -42,7 +43,7 @@ COMMON: dict[str, Any] = {
 FIELDS = (
     "stage", "cell", "arm", "seed", "lr", "weight_decay", "val_top1", "test_top1", "recalibrated_test_top1",
     "train_loss", "train_top1", "displacement", "weight_norm", "alignment", "sparsity", "step_seconds", "outcome",
-    "version",
+    "version", "ema_val_top1", "ema_test_top1",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -57,7 +58,7 @@ def make_data(source: Path) -> None:
 
 def config(cell: str, seed: int, changes: Mapping[str, Any], name: str) -> TrainConfig:
     """The configuration of one run."""
-    method, sparsity = CELLS[cell]
+    method, sparsity = (CELLS | SPARSER)[cell]
     flat = COMMON | {"sharpness": "s2sam"} | dict(changes)
     return make_config(flat, method=method, sparsity=sparsity, seed=seed, out=str(RUNS / name))
 
@@ -113,6 +114,7 @@ def record(
     last = [r for r in lines if r["kind"] == "epoch"][-1]
     row |= {key: final[key] for key in ("val_top1", "test_top1", "recalibrated_test_top1", "sparsity", "step_seconds")}
     row |= {key: last[key] for key in ("train_loss", "train_top1")}
+    row |= {key: final[key] for key in ("ema_val_top1", "ema_test_top1") if key in final}
     for key in ("displacement", "alignment"):  # means over the run
         values = [r[key] for r in steps if key in r]
         row[key] = float(np.mean(values)) if values else ""
@@ -132,10 +134,11 @@ def write(new: Iterable[Row]) -> None:
 
 
 def means(stage: str, cell: str, key: str = "val_top1", seeds: Container[int] | None = None) -> dict[str, float]:
-    """Mean over seeds by arm."""
+    """Mean over seeds by arm, of the runs that have the value."""
     found: dict[str, list[float]] = {}
     for row in rows():
-        if row["stage"] == stage and row["cell"] == cell and (seeds is None or row["seed"] in seeds):
+        here = row["stage"] == stage and row["cell"] == cell and row[key] != ""
+        if here and (seeds is None or row["seed"] in seeds):
             found.setdefault(row["arm"], []).append(row[key])
     return {arm: float(np.mean(values)) for arm, values in found.items()}
 
@@ -327,7 +330,17 @@ def stage_4(jobs: int) -> None:
     confirm("density", {f"{paper()} x sqrt(density)": sparser}, jobs, [cell for cell in CELLS if cell.endswith("90")])
 
 
-STAGES = {"baselines": baselines, "screening": screening, "confirmation": confirmation, "nesterov": stage_4}
+def stage_5(jobs: int) -> None:
+    """The arms at 95 and 98 %."""
+    from sparser import run_all  # which is made of what stands here
+
+    run_all(jobs)
+
+
+STAGES = {
+    "baselines": baselines, "screening": screening, "confirmation": confirmation, "nesterov": stage_4,
+    "sparser": stage_5,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -1,0 +1,185 @@
+"""Stage 5: 95 and 98 %, with arms tuned at 95 %, and an average of the weights (protocol.md, Changes, 9).
+
+`study.py sparser` runs it, and `study.py report` takes its section from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import log2
+from statistics import fmean
+from typing import Any
+
+from s2sam.report.stats import Difference, paired_difference, t_interval
+from study import (
+    CELLS,
+    CONFIRMED,
+    PAPER,
+    SPARSER,
+    arms,
+    baseline,
+    confirm,
+    label,
+    means,
+    on_nesterov,
+    paper,
+    rows,
+    run,
+    settings_grid,
+)
+
+TUNING, STAGE, PLACE = "sparser tuning", "sparser", "static95"
+GRID = [(0.03, 0.008), (0.1, 5e-4), (0.1, 2e-3), (0.3, 5e-4), (0.3, 2e-3), (1.0, 5e-4)]  #: lr, weight decay
+EMA = 0.995  #: of 2,000 steps: the last tenth of the run
+SECOND, AVERAGED, SCALED = "nesterov -g-norm-0.2-late", "nesterov averaged", f"{PAPER} x sqrt(density)"
+PLACES = CELLS | SPARSER
+PRIMARY = 3
+Gains = Mapping[float, Mapping[int, float]]  # sparsity -> seed -> points, mean over static ERK and RigL
+
+
+def settings() -> list[dict[str, Any]]:
+    """Learning rates and weight decays that every arm of the tuning tries."""
+    return [setting for lr, wd in GRID for setting in settings_grid({"lr": [lr], "optim.weight_decay": [wd]})]
+
+
+def tuned_arms() -> dict[str, dict[str, Any]]:
+    """What is tuned, with equal trials: both baselines and the paper's arm. Nesterov's runs also keep an average."""
+    found = arms()
+    nesterov = found["baselines"]["nesterov"] | {"optim.ema": EMA}
+    return {"nesterov": nesterov, "sgd": found["baselines"]["sgd"], PAPER: found["arms"][PAPER]}
+
+
+def best(arm: str, key: str = "val_top1") -> dict[str, Any]:
+    """The setting at which an arm validated best."""
+    scores = means(TUNING, PLACE, key)
+    return max(settings(), key=lambda setting: scores[label(arm, setting)])
+
+
+def better() -> str:
+    """The baseline that validated better at 95 %, each at its best setting."""
+    scores = means(TUNING, PLACE)
+    return max(arms()["baselines"], key=lambda arm: scores[label(arm, best(arm))])
+
+
+def run_all(jobs: int) -> None:
+    """The tuning, then the fresh seeds; what is context comes last."""
+    tuned = tuned_arms()
+    trials = {label(arm, at): changes | at for arm, changes in tuned.items() for at in settings()}
+    run(TUNING, [(PLACE, name, seed, trials[name]) for name in trials for seed in (0, 1)], jobs)
+    at = {arm: tuned[arm] | best(arm) for arm in tuned}
+    second = next(changes for name, changes in on_nesterov().items() if name.startswith(SECOND))
+    first = {"nesterov": at["nesterov"], PAPER: at[PAPER], SECOND: second | best("nesterov")}
+    own = best("nesterov", "ema_val_top1")
+    if own != best("nesterov"):
+        first[AVERAGED] = tuned["nesterov"] | own
+    for wanted in (first, {"sgd": at["sgd"]}):
+        confirm(STAGE, wanted, jobs, SPARSER)
+    for sparsity in (0.98, 0.95):
+        cells = [cell for cell, (_, value) in SPARSER.items() if value == sparsity]
+        rho = at[PAPER]["rho"] * ((1 - sparsity) / 0.2) ** 0.5
+        confirm(STAGE, {SCALED: at[PAPER] | {"rho": rho}}, jobs, cells)
+
+
+def accuracy(arm: str) -> dict[str, dict[int, float]]:
+    """Cell -> seed -> test accuracy of an arm, %, at all four sparsities where it has run."""
+    stored = {"nesterov": baseline(), PAPER: paper()}.get(arm, arm)
+    own = [row for row in rows() if row["stage"] == STAGE]
+    averaged = arm == AVERAGED and all(row["arm"] != AVERAGED for row in own)  # then they are Nesterov's own runs
+    found: dict[str, dict[int, float]] = {}
+    for row in rows():
+        earlier = row["stage"] in ("confirmation", "confirmation 2")
+        name = stored if earlier else "nesterov" if averaged else arm
+        wanted = row["arm"] == name or (earlier and arm == SECOND and row["arm"].startswith(SECOND))
+        if wanted and (earlier or row["stage"] == STAGE) and row["cell"] in PLACES:
+            key = "ema_test_top1" if arm == AVERAGED else "test_top1"
+            found.setdefault(row["cell"], {})[int(row["seed"])] = 100 * row[key]
+    return {cell: seeds for cell, seeds in found.items() if len(seeds) == len(CONFIRMED)}
+
+
+def gains(arm: str, reference: str) -> Gains:
+    """Arm minus reference by sparsity, mean over the methods; `better` as the reference is the better baseline."""
+    found: dict[float, dict[int, float]] = {}
+    own = accuracy(arm)
+    for sparsity in dict.fromkeys(value for _, value in PLACES.values()):
+        name = (baseline() if sparsity < 0.95 else better()) if reference == "better" else reference
+        cells, against = [cell for cell, (_, value) in PLACES.items() if value == sparsity], accuracy(name)
+        if all(cell in own and cell in against for cell in cells):
+            found[sparsity] = {s: fmean(own[c][s] - against[c][s] for c in cells) for s in CONFIRMED}
+    return found
+
+
+def pooled(by_sparsity: Gains, sparsities: Iterable[float]) -> Difference:
+    """The mean over sparsities against 0, with the interval over seeds."""
+    whole = {s: fmean(by_sparsity[sparsity][s] for sparsity in sparsities) for s in CONFIRMED}
+    return paired_difference(whole, dict.fromkeys(whole, 0.0), comparisons=PRIMARY)
+
+
+def slope(by_sparsity: Gains) -> list[float]:
+    """Of each seed: points gained per halving of the density, by least squares over the sparsities.
+
+    >>> slope({0.5: {0: 1.0}, 0.75: {0: 3.0}, 0.875: {0: 5.0}})
+    [2.0]
+    """
+    halvings = [log2(1 / (1 - sparsity)) for sparsity in by_sparsity]
+    centre = fmean(halvings)
+    square = sum((h - centre) ** 2 for h in halvings)
+    seeds = next(iter(by_sparsity.values()))
+    weights = {sparsity: (h - centre) / square for sparsity, h in zip(by_sparsity, halvings, strict=True)}
+    return [sum(weight * by_sparsity[sparsity][seed] for sparsity, weight in weights.items()) for seed in seeds]
+
+
+def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The part of report.md about this stage."""
+    from analyse import equivalence, table
+
+    parts = ["## Stage 5: 95 and 98 % (test accuracy of the last epoch on fresh seeds, %, mean ± sd)"]
+    names = [arm for arm in ("nesterov", "sgd", PAPER, SECOND, AVERAGED, SCALED) if set(SPARSER) <= set(accuracy(arm))]
+    if not {"nesterov", PAPER, SECOND, AVERAGED} <= set(names):
+        return [*parts, "Under way."]
+    picks = [f"{arm}: lr {best(arm)['lr']:g}, weight decay {best(arm)['optim.weight_decay']:g}" for arm in tuned_arms()]
+    contrasts = [
+        (PAPER, "better", (0.9, 0.95, 0.98)), (SECOND, "nesterov", (0.9, 0.95, 0.98)),
+        (AVERAGED, "nesterov", (0.95, 0.98)), (PAPER, "better", (0.95, 0.98)), (SECOND, "nesterov", (0.95, 0.98)),
+    ]  # fmt: skip
+    contrasts += [(PAPER, "sgd", (0.95, 0.98))] * ("sgd" in names) + [(SCALED, PAPER, (0.95, 0.98))] * (SCALED in names)
+    lines = []
+    for place, (arm, reference, sparsities) in enumerate(contrasts):
+        gap = pooled(gains(arm, reference), sparsities)
+        interval = gap.simultaneous if place < PRIMARY else gap.interval
+        bounds = "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
+        at = ", ".join(f"{100 * s:.0f}" for s in sparsities)
+        named = "the better baseline" if reference == "better" else reference
+        lines.append([f"{arm} minus {named}", at, f"{gap.mean:+.2f}", bounds, equivalence(gap), f"{gap.n}"])
+    return [
+        *parts, accuracies(names),
+        f"Tuned at {PLACE} by validation accuracy: {'; '.join(picks)}. The better baseline there: {better()}.",
+        f"The first {PRIMARY} differences are the stage's primary contrasts and hold together "
+        f"({100 - 5 / PRIMARY:.1f} % intervals); the others are context (95 % each).",
+        table(["difference, points", "cells at %", "mean", "interval", "equivalent within +-", "n"], lines),
+        *(higher(arm, reference) for arm, reference in ((PAPER, "better"), (SECOND, "nesterov"))),
+    ]  # fmt: skip
+
+
+def higher(arm: str, reference: str) -> str:
+    """The gain at each sparsity, and its slope."""
+    found = gains(arm, reference)
+    values = slope(found)
+    interval = t_interval(values)
+    bounds = "no interval" if interval is None else f"95 % interval [{interval.low:+.2f}, {interval.high:+.2f}]"
+    each = ", ".join(f"{100 * s:.0f} %: {fmean(seeds.values()):+.2f}" for s, seeds in found.items())
+    return (
+        f"**Higher sparsity**, {arm} minus {'the better baseline' if reference == 'better' else reference}: {each}. "
+        f"Slope: {fmean(values):+.2f} points per halving of the density, {bounds}, n = {len(values)}."
+    )
+
+
+def accuracies(names: Sequence[str]) -> str:
+    """Arms by cells."""
+    from analyse import table
+    from s2sam.report.stats import deviation
+
+    def cell(values: Mapping[int, float]) -> str:
+        return f"{fmean(values.values()):.2f} ± {deviation(list(values.values())) or 0.0:.2f}"
+
+    lines = [[arm, *(cell(accuracy(arm)[place]) for place in SPARSER)] for arm in names]
+    return table(["arm", *SPARSER], lines)
