@@ -293,6 +293,20 @@ def test_without_validation_images_the_last_epoch_is_best(tmp_path):
     assert final["best_test_top1"] == final["test_top1"]
 
 
+@pytest.mark.parametrize("method", ["dense", "lt"])
+def test_an_average_is_measured_with_the_network_it_follows(tmp_path, method):
+    optim = OptimConfig(ema=0.9)
+    config = dataclasses.replace(
+        TINY, method=method, epochs=3, evaluate_every=2, optim=optim, out=str(tmp_path / "run")
+    )
+    final = run(config)
+    with (tmp_path / "run" / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    measured = [[row[key] != "" for key in ("test_top1", "ema_test_top1", "ema_val_top1")] for row in rows]
+    assert measured == [[False] * 3, [True] * 3, [True] * 3]
+    assert float(rows[-1]["ema_test_top1"]) == final["ema_test_top1"]
+
+
 def test_a_batch_of_one_image_is_left_out(tmp_path):
     options = DataConfig(train_size=321)
     final = run(dataclasses.replace(TINY, data_options=options, out=str(tmp_path / "run"), epochs=1))

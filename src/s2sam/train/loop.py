@@ -171,10 +171,12 @@ class Trainer:
         }  # fmt: skip
         if state.level is not None:
             record |= {"kind": "level", "level": state.level}
-        if state.ema is not None and measured:
-            network = state.ema.module
-            _, record["ema_val_top1"] = evaluate_split(network, state.data, "val", state.augment)
-            _, record["ema_test_top1"] = evaluate_split(network, state.data, "test", state.augment)
+        if state.ema is not None:  # every epoch has the same keys: they are the columns of summary.csv
+            for split in ("val", "test"):
+                averaged = (
+                    evaluate_split(state.ema.module, state.data, split, state.augment) if measured else (None, None)
+                )
+                record[f"ema_{split}_top1"] = averaged[1]
         self.watch.seconds = 0.0
         self.meter.totals.zero_()
         return record
