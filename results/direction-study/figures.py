@@ -26,7 +26,7 @@ def draw(folder: Path = HERE) -> Path | None:
     arms, reference = contrasts(), baseline()
     if not arms:
         return None
-    figure, (axes,) = panels_of(1, width=9.0, height=1.4 + 0.62 * len(arms))
+    figure, (axes,) = panels_of(1, width=9.0, height=1.6 + 0.62 * len(arms))
     axes.axvline(0, color=MIDDLE, lw=1)
     for place, (arm, cells) in enumerate(reversed(arms)):
         whole = analyse.pooled(cells, arm, reference)
@@ -43,7 +43,7 @@ def draw(folder: Path = HERE) -> Path | None:
     axes.set_ylim(-0.6, len(arms) - 0.6)
     axes.set_xlabel(f"test accuracy minus that of {reference}, points")
     title = f"Mean over {len(CELLS)} cells with its 95 % interval; below it the cells: {legend()}"
-    axes.set_title(title, fontsize=9, loc="left")
+    figure.suptitle(title, fontsize=9)
     path = folder / "contrasts.png"
     save_png(figure, path)
     return path

@@ -93,6 +93,10 @@ def test_part_of_a_table_says_so(table, tmp_path, capsys):
     assert "scaled: seeds 3 -> 1 (--seeds)" in printed
     assert "seed5" in printed
     assert "missing" not in printed
+    some = call(capsys, "1", "--budget", "smoke", "--rows", "RigL", "--sparsities", 0.98, 0.9, "--list")[1]
+    assert (
+        "scaled: sparsities 98 %, 90 % of 90 %, 95 %, 98 %" in some and "12 runs, 0" in some and "rigl_95" not in some
+    )
 
 
 def test_settings_of_all_runs_win_over_the_budget_and_are_said(table, tmp_path, capsys):
@@ -122,6 +126,7 @@ def test_a_failure_is_told_by_the_exit_code(table, tmp_path, capsys):
         (["1", "--budget", "short"], "--budget smoke needs no data"),
         (["1", "--budget", "smal"], "invalid choice: 'smal'"),
         (["1", "--budget", "smoke", "--rows", "Rigl"], "unknown row 'Rigl'; did you mean 'RigL'?"),
+        (["1", "--budget", "smoke", "--sparsities", "90"], "'90.0'; did you mean '0.9'? (one of: 0.9, 0.95, 0.98)"),
         (["1", "--budget", "smoke", "--data", "cifar10"], "--data takes cifar10=FOLDER, not 'cifar10'"),
         (["1", "--budget", "smoke", "--data", "cifar=x"], "unknown data of this table 'cifar'; did you mean 'cifar10'"),
         (["1", "--budget", "smoke", "--read-only"], "180 of 180 runs are missing: cifar-10_lt_90_original_seed1000"),

@@ -11,7 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
 import pytest
+import torch
 
+from s2sam.train import processes
 from s2sam.train.processes import in_processes, terminable
 
 
@@ -27,6 +29,28 @@ def test_every_process_begins_with_what_is_given(tmp_path):
     begun = in_processes(os.getcwd, dict.fromkeys(range(3), ()), 2, begin=os.chdir, given=(str(tmp_path),))
     assert {os.path.realpath(future.result()) for _, future in begun} == {os.path.realpath(tmp_path)}
     assert os.path.realpath(os.getcwd()) != os.path.realpath(tmp_path)
+
+
+def test_of_several_gpus_each_process_sees_one_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-b,7")  # the last does not exist
+    assert processes.visible_gpus() == ["3", "GPU-b"]
+    found = in_processes(together, {i: (tmp_path, i, 3) for i in range(3)}, 3)
+    assert sorted(future.result() for _, future in found) == ["3", "3", "GPU-b"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert processes.visible_gpus() == ["0", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [future.result() for _, future in in_processes(os.getenv, {0: ("CUDA_VISIBLE_DEVICES",)}, 1)] == [None]
+
+
+def together(folder, place, count):
+    """Which GPU this process sees, once `count` of them have come here."""
+    (folder / f"{place}").touch()
+    for _ in range(6000):
+        if len(list(folder.iterdir())) == count:
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+        time.sleep(0.01)
+    raise TimeoutError
 
 
 def test_an_exception_ends_the_processes_before_it_is_seen():

@@ -36,7 +36,8 @@ def run(argv: list[str]) -> int:
 
     from s2sam.suite.plan import make_plan
 
-    suite = narrowed(load_suite(args.table), args.budget, args.blocks, args.rows)
+    parts = {"blocks": args.blocks, "rows": args.rows, "sparsities": args.sparsities}
+    suite = narrowed(load_suite(args.table), args.budget, parts)
     suite = changed(suite, args.budget, pairs(args.set, "--set", "KEY=VALUE"))
     plan = make_plan(
         suite, budget=args.budget, mode=args.mode, data=pairs(args.data, "--data", "cifar10=FOLDER"), out=args.out,
@@ -82,6 +83,7 @@ def parser() -> Parser:
     add("--seeds", nargs="+", type=int, metavar="SEED", help="instead of the table's")
     add("--blocks", nargs="+", metavar="BLOCK", help="only these blocks of the table; it says so")
     add("--rows", nargs="+", metavar="ROW", help="only these rows of the table; it says so")
+    add("--sparsities", nargs="+", type=float, metavar="SPARSITY", help="only these, such as 0.9 0.95; it says so")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs alike; the table says so")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
     add("--read-only", action="store_true", help="train nothing: write the table of runs that are there, or refuse")
@@ -89,27 +91,26 @@ def parser() -> Parser:
     return made
 
 
-def narrowed(suite: Suite, budget: str, blocks: Sequence[str] | None, rows: Sequence[str] | None) -> Suite:
-    """The table with the budget limited to these blocks and rows.
+def narrowed(suite: Suite, budget: str, parts: Mapping[str, Sequence[Any] | None]) -> Suite:
+    """The table with the budget limited to these parts of it: blocks, rows, sparsities; None leaves what it has.
 
     Raises:
-        ValueError: there is no such block or row; the nearest is named.
+        ValueError: there is no such part; the nearest is named.
     """
     from dataclasses import replace
 
     from s2sam.sparse.names import unknown
 
     size = suite.budgets.get(budget)
-    for what, given, names in (("block", blocks, suite.blocks), ("row", rows, suite.rows)):
-        for name in given or ():
-            if name not in names:
-                raise unknown(what, name, names)
-    if size is None or not (blocks or rows):
+    given: dict[str, Any] = {what: tuple(names) for what, names in parts.items() if names}
+    for what, names in given.items():
+        known = {str(name): name for name in getattr(suite, what)}
+        for name in names:
+            if str(name) not in known:
+                raise unknown({"blocks": "block", "rows": "row", "sparsities": "sparsity"}[what], str(name), known)
+    if size is None or not given:
         return suite
-    size = replace(
-        size, blocks=tuple(blocks) if blocks else size.blocks, rows=tuple(rows) if rows else size.rows
-    )  # fmt: skip
-    return replace(suite, budgets={**suite.budgets, budget: size})
+    return replace(suite, budgets={**suite.budgets, budget: replace(size, **given)})
 
 
 def changed(suite: Suite, budget: str, given: Mapping[str, str]) -> Suite:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -27,7 +31,7 @@ def in_processes(
 
     The processes are spawned, so they share nothing with this one, and they never see a Ctrl-C, not even while they
     import. If an exception comes out of the loop over this generator, or the generator is closed, they are sent SIGTERM
-    and waited for.
+    and waited for. Of several GPUs each process sees one, in turn, as its only one.
 
     Args:
         function: of a module, as its arguments and results are pickled.
@@ -43,9 +47,10 @@ def in_processes(
     if not tasks:
         return
     strangers = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        min(jobs, len(tasks)), mp_context=multiprocessing.get_context("spawn"), initializer=_begin,
-        initargs=(begin, given),
+        min(jobs, len(tasks)), mp_context=context, initializer=_begin,
+        initargs=(begin, given, visible_gpus(), context.Value("i", 0)),
     )  # fmt: skip
     with pool:
         try:
@@ -60,9 +65,24 @@ def in_processes(
             raise
 
 
-def _begin(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
-    """In a process: leave Ctrl-C to the parent also where it could not be blocked."""
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(i) for i in range(count)])[:count]
+
+
+def _begin(
+    begin: Callable[..., None] | None, given: tuple[Any, ...], gpus: list[str], begun: Synchronized[int]
+) -> None:
+    """In a process: leave Ctrl-C to the parent also where it could not be blocked; take the next GPU of several."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with begun.get_lock():
+        place = begun.value
+        begun.value += 1
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
     if begin is not None:
         begin(*given)
 
