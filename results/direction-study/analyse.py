@@ -25,7 +25,7 @@ Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 def report() -> str:
     """The whole report, which is also written to report.md, with its figure."""
     import sparser
-    from figures import draw  # both are made of what stands here
+    from figures import draw, draw_sparsities  # all are made of what stands here
 
     parts = ["# Direction study: results", "Made from `raw.csv` by `python results/direction-study/study.py report`."]
     stages = {row["stage"] for row in rows()}
@@ -37,8 +37,8 @@ def report() -> str:
     for stage, section in sections.items():
         if stage in stages:
             parts += section([row for row in rows() if row["stage"] == stage])
-    figure = draw()
-    parts += [f"![Every arm against the better baseline]({figure.name})"] if figure else []
+    figures = {"Every arm against the better baseline": draw(), "Gain by sparsity": draw_sparsities()}
+    parts += [f"![{title}]({path.name})" for title, path in figures.items() if path]
     text = "\n\n".join(parts) + "\n"
     Path(HERE / "report.md").write_text(text, encoding="utf-8")
     return text
@@ -107,13 +107,16 @@ def trials(title: str, found: Sequence[Row]) -> list[str]:
 
 
 def findings() -> list[tuple[str, Difference]]:
-    """Every arm of stages 3 and 4 that has all its runs, but the noise, against the better baseline."""
+    """Every arm of stages 3 and 4 that has all its runs against the better baseline, and what stage 5 compares."""
+    import sparser
+
     found, reference = rows(), baseline()
     shown = []
     for stage in ("confirmation", "confirmation 2"):
         cells = with_baseline([row for row in found if row["stage"] == stage])
-        shown += [(arm, pooled(cells, arm, reference)) for arm in compared(cells, reference) if arm != NOISE]
-    return [(f"{arm} minus {reference}, mean over 4 cells", gap) for arm, gap in shown]
+        shown += [(arm, pooled(cells, arm, reference)) for arm in compared(cells, reference)]
+    later = [(f"{what}, mean over the cells at {at} %", gap) for what, at, gap in sparser.contrasts()]
+    return [(f"{arm} minus {reference}, mean over 4 cells", gap) for arm, gap in shown] + later
 
 
 def compared(cells: Cells, reference: str) -> list[str]:

@@ -1,12 +1,15 @@
-"""raw.csv -> contrasts.png: arms against Nesterov on fresh seeds, pooled and by cell; `study.py report` draws it."""
+"""raw.csv -> contrasts.png, sparsities.png: arms against Nesterov on fresh seeds; `study.py report` draws them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import analyse
 from s2sam.report.bound_plots import panels_of, save_png
-from study import CELLS, HERE, baseline, rows
+from s2sam.report.stats import t_interval
+from sparser import SECOND, gains
+from study import CELLS, HERE, PAPER, baseline, rows
 
 EDGE, MIDDLE, GREY = "#0072b2", "#1b2430", "#8a93a3"
 
@@ -52,3 +55,28 @@ def draw(folder: Path = HERE) -> Path | None:
 def legend() -> str:
     """The marks of the cells."""
     return ", ".join(f"{mark} {cell}" for mark, cell in zip("○□△▽", CELLS, strict=True))
+
+
+def draw_sparsities(folder: Path = HERE) -> Path | None:
+    """Write sparsities.png: arms minus Nesterov at 80 to 98 %; None before stage 5 is done."""
+    arms = [(arm, found) for arm in (PAPER, SECOND, "sgd") if len(found := gains(arm, "nesterov")) == 4]
+    if not arms:
+        return None
+    figure, (axes,) = panels_of(1, width=7.0, height=3.4)
+    axes.axhline(0, color=MIDDLE, lw=1)
+    for place, ((arm, found), color, mark) in enumerate(zip(arms, (EDGE, "#d55e00", GREY), "Dos", strict=False)):
+        for x, seeds in enumerate(found.values()):
+            values, at = list(seeds.values()), x + 0.12 * (place - 1)
+            interval = t_interval(values)
+            if interval is not None:
+                axes.plot([at, at], [interval.low, interval.high], color=color, lw=2.5, solid_capstyle="butt")
+            axes.plot(at, fmean(values), mark, ms=6, color=color, label=arm if x == 0 else None)
+    sparsities = next(iter(dict(arms).values()))
+    axes.set_xticks(range(len(sparsities)), [f"{100 * s:.0f} %" for s in sparsities])
+    axes.set_xlabel("sparsity")
+    axes.set_ylabel("accuracy minus Nesterov's, points")
+    axes.legend(frameon=False, fontsize=9)
+    figure.suptitle("Mean over static ERK and RigL, 95 % interval over 8 seeds", fontsize=9)
+    path = folder / "sparsities.png"
+    save_png(figure, path)
+    return path

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -65,8 +66,12 @@ def config(cell: str, seed: int, changes: Mapping[str, Any], name: str) -> Train
 
 def rows() -> list[Row]:
     """What raw.csv holds, numbers as numbers."""
-    if not RAW.exists():
-        return []
+    return read(RAW.stat().st_mtime_ns) if RAW.exists() else []
+
+
+@functools.lru_cache(maxsize=1)
+def read(_: int) -> list[Row]:
+    """As :func:`rows`, for the file as it was at that time."""
     with RAW.open(newline="") as file:
         found = list(csv.DictReader(file))
     text = {"stage", "cell", "arm", "outcome", "version"}
@@ -143,6 +148,7 @@ def means(stage: str, cell: str, key: str = "val_top1", seeds: Container[int] | 
     return {arm: float(np.mean(values)) for arm, values in found.items()}
 
 
+@functools.cache
 def arms() -> dict[str, Any]:
     """What arms.yaml holds."""
     found: dict[str, Any] = yaml.safe_load((HERE / "arms.yaml").read_text())
@@ -243,15 +249,17 @@ def screening(jobs: int) -> str:
 
 def pool() -> dict[str, str]:
     """What has been tried: trial -> arm. A trial is an arm with SGD's setting, or one of the stage joint."""
-    trials = {arm: arm for arm in arms()["arms"] if arm in means(screening_stage(), "static80")}
+    screened = means(screening_stage(), "static80")
+    trials = {arm: arm for arm in arms()["arms"] if arm in screened}
     return trials | {name: name.split(" lr ")[0] for name in means("joint", "static80")}
 
 
 def two_seeds() -> dict[str, float]:
     """Mean validation accuracy of each trial over the seeds 0 and 1, which all trials have."""
     found: dict[str, list[float]] = {}
+    stages = (screening_stage(), "joint")
     for row in rows():
-        if row["stage"] in (screening_stage(), "joint") and row["seed"] < 2:
+        if row["stage"] in stages and row["seed"] < 2:
             found.setdefault(row["arm"], []).append(row["val_top1"])
     return {name: float(np.mean(values)) for name, values in found.items()}
 

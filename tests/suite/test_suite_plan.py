@@ -87,6 +87,13 @@ def test_the_columns_of_every_table_of_the_package_are_fit_for_its_modes(name, m
         assert make_plan(suite, budget=budget, mode=mode, read_only=True).cells
 
 
+@pytest.mark.parametrize("name", tables())
+def test_all_columns_take_fused_steps(name):
+    """Without them S2-SAM, as its column only, would wait for a GPU in every step."""
+    runs = make_plan(load_suite(name), budget="smoke").runs()
+    assert runs and all(planned.config.optim.fused for planned in runs)
+
+
 def test_the_treatment_may_differ_and_a_declared_baseline_may_use_nesterov(small, plan_of):
     small["columns"]["S2-SAM"] |= {"sam.sign": -1, "sam.direction": "momentum", "rho": 0.2}
     small["columns"]["Nesterov"] = {"sharpness": "none", "optim.nesterov": True}
