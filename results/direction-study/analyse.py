@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from s2sam.report.stats import Difference, deviation, paired_difference, t_interval
+from s2sam.report.stats import Difference, Interval, deviation, paired_difference, t_interval
 from study import CELLS, CONFIRMED, HERE, NOISE, PAPER, STAGE_4, arms, baseline, chosen, rows, screening_stage
 
 EQUIVALENT = 0.5  #: points
@@ -110,13 +110,18 @@ def findings() -> list[tuple[str, Difference]]:
     """Every arm of stages 3 and 4 that has all its runs against the better baseline, and what stage 5 compares."""
     import sparser
 
-    found, reference = rows(), baseline()
-    shown = []
+    reference = baseline()
+    found = [(f"{arm} minus {reference}, mean over 4 cells", pooled(cells, arm, reference)) for arm, cells in whole()]
+    return found + [(f"{what}, mean over the cells at {at} %", gap) for what, at, gap in sparser.contrasts()]
+
+
+def whole() -> list[tuple[str, Cells]]:
+    """The arms of stages 3 and 4 that have all their runs on the fresh seeds, with the cells that hold them."""
+    found = []
     for stage in ("confirmation", "confirmation 2"):
-        cells = with_baseline([row for row in found if row["stage"] == stage])
-        shown += [(arm, pooled(cells, arm, reference)) for arm in compared(cells, reference)]
-    later = [(f"{what}, mean over the cells at {at} %", gap) for what, at, gap in sparser.contrasts()]
-    return [(f"{arm} minus {reference}, mean over 4 cells", gap) for arm, gap in shown] + later
+        cells = with_baseline([row for row in rows() if row["stage"] == stage])
+        found += [(arm, cells) for arm in compared(cells, baseline())]
+    return found
 
 
 def compared(cells: Cells, reference: str) -> list[str]:
@@ -245,10 +250,14 @@ def sparsity_contrast(cells: Cells, arm: str, reference: str) -> str:
         - fmean(gain(c, seed) for c in CELLS if c.endswith("80"))
         for seed in first(cells, arm)
     ]
+    return f"**Higher sparsity**: gain at 90 % minus gain at 80 %: {over_seeds(values, 'points')}."
+
+
+def over_seeds(values: Sequence[float], unit: str) -> str:
+    """The mean of one value a seed, with its interval and n."""
     interval = t_interval(values)
-    bounds = "no interval" if interval is None else f"95 % interval [{interval.low:+.2f}, {interval.high:+.2f}]"
-    contrast = f"gain at 90 % minus gain at 80 %: {fmean(values):+.2f} points, {bounds}, n = {len(values)}"
-    return f"**Higher sparsity**: {contrast}."
+    bounds = "no interval" if interval is None else f"95 % interval {ends(interval)}"
+    return f"{fmean(values):+.2f} {unit}, {bounds}, n = {len(values)}"
 
 
 def verdict(title: str, candidate: str, reference: str, gap: Difference, primary: int = 1) -> str:
@@ -266,15 +275,19 @@ def verdict(title: str, candidate: str, reference: str, gap: Difference, primary
         said = "these runs cannot tell them apart"
     return (
         f"**{title}**: {candidate} minus {reference}, mean over the cells: {gap.mean:+.2f} points, "
-        f"{100 - 5 / primary:g} % interval [{interval.low:+.2f}, {interval.high:+.2f}], n = {gap.n} seeds: {said}."
+        f"{100 - 5 / primary:g} % interval {ends(interval)}, n = {gap.n} seeds: {said}."
     )
 
 
 def words(gap: Difference, *, simultaneous: bool) -> list[str]:
     """Mean, interval and n of a difference; of a pooled one also what it is equivalent within."""
     interval = gap.simultaneous if simultaneous else gap.interval
-    bounds = "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
-    return [f"{gap.mean:+.2f}", bounds, "" if simultaneous else equivalence(gap), f"{gap.n}"]
+    return [f"{gap.mean:+.2f}", ends(interval), "" if simultaneous else equivalence(gap), f"{gap.n}"]
+
+
+def ends(interval: Interval | None) -> str:
+    """An interval as text."""
+    return "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def equivalence(gap: Difference) -> str:

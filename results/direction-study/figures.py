@@ -9,24 +9,14 @@ import analyse
 from s2sam.report.bound_plots import panels_of, save_png
 from s2sam.report.stats import t_interval
 from sparser import SECOND, gains
-from study import CELLS, HERE, PAPER, baseline, rows
+from study import CELLS, HERE, PAPER, baseline
 
 EDGE, MIDDLE, GREY = "#0072b2", "#1b2430", "#8a93a3"
 
 
-def contrasts() -> list[tuple[str, analyse.Cells]]:
-    """The arms that have all their runs on the fresh seeds, with the cells that hold them."""
-    found, reference = rows(), baseline()
-    both = []
-    for stage in ("confirmation", "confirmation 2"):
-        cells = analyse.with_baseline([row for row in found if row["stage"] == stage])
-        both += [(arm, cells) for arm in analyse.compared(cells, reference)]
-    return both
-
-
 def draw(folder: Path = HERE) -> Path | None:
     """Write contrasts.png; None while no arm has all its runs."""
-    arms, reference = contrasts(), baseline()
+    arms, reference = analyse.whole(), baseline()
     if not arms:
         return None
     figure, (axes,) = panels_of(1, width=9.0, height=1.6 + 0.62 * len(arms))
@@ -34,8 +24,7 @@ def draw(folder: Path = HERE) -> Path | None:
     for place, (arm, cells) in enumerate(reversed(arms)):
         whole = analyse.pooled(cells, arm, reference)
         for index, groups in enumerate(cells.values()):
-            columns = [analyse.column(groups[name], "test_top1") for name in (arm, reference)]
-            gap = sum(columns[0].values()) / len(columns[0]) - sum(columns[1].values()) / len(columns[1])
+            gap = analyse.mean(groups[arm], "test_top1") - analyse.mean(groups[reference], "test_top1")
             axes.plot(gap, place - 0.26, marker="os^v"[index], ms=4, mfc="none", color=GREY, ls="")
         if whole.interval is not None:
             axes.plot(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import log2
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any
 
-from s2sam.report.stats import Difference, paired_difference, t_interval
+from s2sam.report.stats import Difference, paired_difference
 from study import (
     CELLS,
     CONFIRMED,
@@ -121,11 +121,8 @@ def slope(by_sparsity: Gains) -> list[float]:
     [2.0]
     """
     halvings = [log2(1 / (1 - sparsity)) for sparsity in by_sparsity]
-    centre = fmean(halvings)
-    square = sum((h - centre) ** 2 for h in halvings)
     seeds = next(iter(by_sparsity.values()))
-    weights = {sparsity: (h - centre) / square for sparsity, h in zip(by_sparsity, halvings, strict=True)}
-    return [sum(weight * by_sparsity[sparsity][seed] for sparsity, weight in weights.items()) for seed in seeds]
+    return [linear_regression(halvings, [gain[seed] for gain in by_sparsity.values()]).slope for seed in seeds]
 
 
 def whole() -> list[str]:
@@ -154,7 +151,7 @@ def contrasts() -> list[tuple[str, str, Difference]]:
 
 def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
     """The part of report.md about this stage."""
-    from analyse import equivalence, table
+    from analyse import ends, equivalence, table
 
     parts = ["## Stage 5: 95 and 98 % (test accuracy of the last epoch on fresh seeds, %, mean ± sd)"]
     if not whole():
@@ -163,8 +160,7 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for place, (what, at, gap) in enumerate(contrasts()):
         interval = gap.simultaneous if place < PRIMARY else gap.interval
-        bounds = "-" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
-        lines.append([what, at, f"{gap.mean:+.2f}", bounds, equivalence(gap), f"{gap.n}"])
+        lines.append([what, at, f"{gap.mean:+.2f}", ends(interval), equivalence(gap), f"{gap.n}"])
     return [
         *parts, accuracies(whole()),
         f"Tuned at {PLACE} by validation accuracy: {'; '.join(picks)}. The better baseline there: {better()}.",
@@ -177,14 +173,13 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def higher(arm: str, reference: str) -> str:
     """The gain at each sparsity, and its slope."""
+    from analyse import over_seeds
+
     found = gains(arm, reference)
-    values = slope(found)
-    interval = t_interval(values)
-    bounds = "no interval" if interval is None else f"95 % interval [{interval.low:+.2f}, {interval.high:+.2f}]"
     each = ", ".join(f"{100 * s:.0f} %: {fmean(seeds.values()):+.2f}" for s, seeds in found.items())
     return (
         f"**Higher sparsity**, {arm} minus {'the better baseline' if reference == 'better' else reference}: {each}. "
-        f"Slope: {fmean(values):+.2f} points per halving of the density, {bounds}, n = {len(values)}."
+        f"Slope: {over_seeds(slope(found), 'points per halving of the density')}."
     )
 
 

@@ -172,11 +172,10 @@ class Trainer:
         if state.level is not None:
             record |= {"kind": "level", "level": state.level}
         if state.ema is not None:  # every epoch has the same keys: they are the columns of summary.csv
+            network = state.ema.module
             for split in ("val", "test"):
-                averaged = (
-                    evaluate_split(state.ema.module, state.data, split, state.augment) if measured else (None, None)
-                )
-                record[f"ema_{split}_top1"] = averaged[1]
+                top1 = evaluate_split(network, state.data, split, state.augment)[1] if measured else None
+                record[f"ema_{split}_top1"] = top1
         self.watch.seconds = 0.0
         self.meter.totals.zero_()
         return record
