@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2sam.data.splits import draw, equal_counts, proportional_counts, train_val_split, without
+from s2sam.data import load_data
+from s2sam.data.splits import draw, equal_counts, noisy_labels, proportional_counts, train_val_split, without
 
 CLASS_SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) >= 2)
 
@@ -104,3 +105,36 @@ def test_without() -> None:
 def test_bad_requests(train_size: int | None, fraction: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_val_split(labels_of([10, 10]), 2, train_size=train_size, val_fraction=fraction, seed=0)
+
+
+@given(sizes=CLASS_SIZES.filter(lambda sizes: len(sizes) > 1), share=st.floats(0, 1, exclude_max=True))
+def test_the_share_of_wrong_labels_is_exact(sizes: list[int], share: float) -> None:
+    labels = labels_of(sizes)
+    noisy = noisy_labels(labels, len(sizes), share=share, seed=3)
+    assert int((noisy != labels).sum()) == round(share * len(labels))
+    assert noisy.min() >= 0
+    assert noisy.max() < len(sizes)
+    assert torch.equal(noisy, noisy_labels(labels, len(sizes), share=share, seed=3))
+
+
+def test_a_wrong_label_is_each_other_class_equally_often() -> None:
+    labels = torch.zeros(30_000, dtype=torch.int64)
+    counts = noisy_labels(labels, 4, share=0.9, seed=0).bincount(minlength=4)
+    assert counts[0] == 3_000
+    assert ((counts[1:] - 9_000).abs() < 400).all()  # five standard deviations
+
+
+def test_wrong_labels_are_in_the_training_images_alone() -> None:
+    right, wrong = (load_data("digits", val_fraction=0.2, label_noise=noise) for noise in (0.0, 0.25))
+    assert torch.equal(right.train_x, wrong.train_x)
+    assert int((right.train_y != wrong.train_y).sum()) == round(0.25 * len(right.train_y))
+    assert torch.equal(right.val_y, wrong.val_y)
+    assert torch.equal(right.test_y, wrong.test_y)
+    assert right.digest != wrong.digest
+    assert "training labels are made wrong" in wrong.notes
+
+
+@pytest.mark.parametrize(("share", "classes", "match"), [(1.0, 4, "below 1"), (-0.1, 4, "at least 0"), (0.5, 1, "two")])
+def test_impossible_label_noise_is_refused(share: float, classes: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        noisy_labels(torch.zeros(4, dtype=torch.int64), classes, share=share, seed=0)

@@ -305,6 +305,7 @@ def test_ema_of_the_first_step_is_the_weights():
         (lambda: OptimConfig(clip_norm=-1.0), "optim.clip_norm"),
         (lambda: OptimConfig(ema=1.0), "optim.ema must be a number at least 0 and below 1"),
         (lambda: DataConfig(label_smoothing=1.0), "data_options.label_smoothing"),
+        (lambda: DataConfig(label_noise=1.0), "data_options.label_noise"),
     ],
 )
 def test_impossible_settings(make, sentence):

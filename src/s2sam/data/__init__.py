@@ -66,6 +66,7 @@ def load_data(
     train_size: int | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
+    label_noise: float = 0.0,
     **options: Any,
 ) -> ImageData:
     """Load the images that `spec` names: "digits", a folder, or an .npz file; `s2sam list data` tells the forms.
@@ -76,7 +77,9 @@ def load_data(
         spec: what to load.
         train_size: number of training images, an equal number per class as far as there are enough; None = all.
         val_fraction: share of the training images held out for validation, stratified; the same for every `train_size`.
-        seed: decides validation split and subset; the test images never depend on it.
+        seed: decides validation split, subset and wrong labels; the test images never depend on it.
+        label_noise: share of the training labels that are replaced by a wrong one, see
+            :func:`s2sam.data.splits.noisy_labels`; validation and test labels stay right.
         **options: keyword options of that form, see :func:`data_options`.
 
     Raises:
@@ -94,7 +97,20 @@ def load_data(
         if option not in valid:
             raise unknown(f"option of {row.name} data", option, valid)
     data: ImageData = row.load()(spec, train_size=train_size, val_fraction=val_fraction, seed=seed, **options)
-    return data
+    return with_label_noise(data, label_noise, seed) if label_noise else data
+
+
+def with_label_noise(data: ImageData, share: float, seed: int) -> ImageData:
+    """The same images with some training labels wrong; the notes tell how many."""
+    from s2sam.data.images import ImageData
+    from s2sam.data.splits import noisy_labels
+
+    labels = noisy_labels(data.train_y, data.num_classes, share=share, seed=seed)
+    wrong = int((labels != data.train_y).sum())
+    note = f"{wrong:,} of {len(labels):,} training labels are made wrong"
+    notes = f"{data.notes}; {note}" if data.notes else note
+    pairs = ((data.train_x, labels), data.split("val"), data.split("test"))
+    return ImageData.build(data.name, *pairs, data.classes, notes)
 
 
 def data_options(spec: str | Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-VAL_STREAM, SUBSET_STREAM = 1, 2
+VAL_STREAM, SUBSET_STREAM, NOISE_STREAM = 1, 2, 3
 
 
 def proportional_counts(available: Tensor, total: int) -> Tensor:
@@ -95,6 +95,32 @@ def train_val_split(
         )
     counts = equal_counts(labels[rest].bincount(minlength=num_classes), train_size)
     return rest[draw(labels[rest], counts, _generator(seed, SUBSET_STREAM))], val
+
+
+def noisy_labels(labels: Tensor, num_classes: int, *, share: float, seed: int) -> Tensor:
+    """Labels of which round(share * N) are wrong, each by one of the other classes with equal probability.
+
+    Symmetric label noise (Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR
+    2021, section 3.3), with an exact number of wrong labels. They depend on `seed` alone.
+
+    Shapes: int64 (N,) in [0, num_classes) -> the same, a copy.
+
+    Raises:
+        ValueError: a share outside [0, 1), or one class only, which leaves no wrong label.
+
+    >>> noisy_labels(torch.zeros(10, dtype=torch.int64), 2, share=0.3, seed=0).sum()
+    tensor(3)
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"label_noise must be at least 0 and below 1, got {share!r}")
+    if share and num_classes < 2:
+        raise ValueError("label_noise needs at least two classes, or there is no wrong label")
+    generator = _generator(seed, NOISE_STREAM)
+    wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    shift = torch.randint(1, max(num_classes, 2), (len(wrong),), generator=generator)
+    found = labels.clone()
+    found[wrong] = (found[wrong] + shift) % num_classes
+    return found
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

@@ -188,6 +188,7 @@ class DataConfig:
         cutout: side of the square that is blanked in each training image, in pixels; 0 = none.
         mixup: alpha of the Beta distribution by which images and labels of a batch are mixed; 0 = not.
         label_smoothing: share of the target spread evenly over all classes.
+        label_noise: share of the training labels that are replaced by a wrong one, drawn by `split_seed`.
         options: options of the kind of data, such as resize (image folders) and labels (CIFAR-100).
     """
 
@@ -198,12 +199,14 @@ class DataConfig:
     cutout: int = 0
     mixup: float = 0.0
     label_smoothing: float = 0.0
+    label_noise: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         whole("data_options.cutout", self.cutout, 0)
         number("data_options.mixup", self.mixup, 0.0)
         number("data_options.label_smoothing", self.label_smoothing, 0.0, below=1.0)
+        number("data_options.label_noise", self.label_noise, 0.0, below=1.0)
         if self.train_size is not None:
             whole("data_options.train_size", self.train_size, 1)
         number("data_options.val_fraction", self.val_fraction, 0.0, below=1.0)

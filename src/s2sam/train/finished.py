@@ -17,7 +17,7 @@ from s2sam.models import create_model
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import load_config
 from s2sam.train.evaluate import evaluate_split
-from s2sam.train.state import choose_device
+from s2sam.train.state import choose_device, training_images
 
 WEIGHTS = {"final": "model.safetensors", "ema": "ema.safetensors"}
 
@@ -89,10 +89,7 @@ def load_images(config: TrainConfig, env: dict[str, Any], data: str | None) -> I
     """
     options = config.data_options
     if data is None:
-        images = load_data(
-            config.data, train_size=options.train_size, val_fraction=options.val_fraction, seed=options.split_seed,
-            **options.options,
-        )  # fmt: skip
+        images = training_images(config)
         if images.digest != env["data_digest"]:
             raise ValueError(
                 f"the images in {config.data} are not those the run was trained on; give --data to measure on them all "

@@ -175,6 +175,19 @@ class TrainState:
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
 
 
+def training_images(config: TrainConfig) -> ImageData:
+    """The images that a configuration names, in main memory.
+
+    Raises:
+        ValueError: as :func:`s2sam.data.load_data`.
+    """
+    options = config.data_options
+    return load_data(
+        config.data, train_size=options.train_size, val_fraction=options.val_fraction, seed=options.split_seed,
+        label_noise=options.label_noise, **options.options,
+    )  # fmt: skip
+
+
 def build(config: TrainConfig, *, init: bool = True) -> TrainState:
     """Load the data, build and sparsify the model, attach sharpness. Nothing is written.
 
@@ -189,11 +202,7 @@ def build(config: TrainConfig, *, init: bool = True) -> TrainState:
     device = choose_device(config.device)
     check_precision(device, config.precision)
     check_compile(device, config.compile)
-    options = config.data_options
-    data = load_data(
-        config.data, train_size=options.train_size, val_fraction=options.val_fraction, seed=options.split_seed,
-        **options.options,
-    ).to(device)  # fmt: skip
+    options, data = config.data_options, training_images(config).to(device)
     channels, height, width = data.image_shape
     model = create_model(
         config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width),
