@@ -24,6 +24,7 @@ Cells = Mapping[str, Mapping[str, Mapping[int, Row]]]
 
 def report() -> str:
     """The whole report, which is also written to report.md, with its figure."""
+    import control
     import sparser
     from figures import draw, draw_sparsities  # all are made of what stands here
 
@@ -32,7 +33,7 @@ def report() -> str:
     sections = {
         "baselines": baselines, "screening": screening, "screening 2": screening, "joint": joint,
         "confirmation": confirmation, STAGE_4: on_nesterov, "confirmation 2": second, "density": density,
-        sparser.STAGE: sparser.section,
+        sparser.STAGE: sparser.section, control.TUNING: control.section,
     }  # fmt: skip
     for stage, section in sections.items():
         if stage in stages:

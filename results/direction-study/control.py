@@ -1,0 +1,151 @@
+"""Stage 6, a positive control: wrong training labels, where two-step SAM gains (protocol.md, Changes, 13).
+
+`study.py control` runs it, and `study.py report` takes its section from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from s2sam.report.stats import Difference, deviation, paired_difference
+from study import CONFIRMED, arms, by_score, confirm, label, means, rows, run, settings_grid
+
+TUNING, STAGE, CLEAN, PLACE = "control tuning", "control", "control clean", "static80"
+PLACES = ("static80", "static90")
+SAM, PAPER, CHANCE_ARM = "sam", "+g", "random"
+PRIMARY = 3
+
+
+def noisy() -> dict[str, float]:
+    """The change that makes training labels wrong."""
+    return {"data_options.label_noise": arms()["control"]["noise"]}
+
+
+def baselines() -> dict[str, dict[str, Any]]:
+    """SGD and Nesterov, each at the settings of this stage: trial -> changes."""
+    found = {}
+    for lr, wd in arms()["control"]["settings"]:
+        (at,) = settings_grid({"lr": [lr], "optim.weight_decay": [wd]})
+        found |= {label(arm, at): changes | at | noisy() for arm, changes in arms()["baselines"].items()}
+    return found
+
+
+def displaced(names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The other arms, each radius at the three settings where the base validated best: trial -> changes."""
+    scores, bases, found = means(TUNING, PLACE), baselines(), {}
+    for arm in names or arms()["control"]["arms"]:
+        told = arms()["control"]["arms"][arm]
+        own = by_score([trial for trial in bases if arm_of(trial) == told["base"]], scores)[:3]
+        for trial in own:
+            found |= {
+                trial.replace(told["base"], f"{arm} {rho:g}", 1): bases[trial] | told["changes"] | {"rho": rho}
+                for rho in told["rho"]
+            }
+    return found
+
+
+def arm_of(trial: str) -> str:
+    """The arm of a trial.
+
+    >>> arm_of("+g 0.05 lr 0.1 wd 0.002"), arm_of("sgd lr 0.1 wd 0.002")
+    ('+g', 'sgd')
+    """
+    return trial.split(" ")[0]
+
+
+def best(arm: str) -> str:
+    """The trial of an arm that validated best."""
+    scores = means(TUNING, PLACE)
+    return by_score([trial for trial in scores if arm_of(trial) == arm], scores)[0]
+
+
+def better() -> str:
+    """The baseline that validated better, each at its best setting."""
+    scores = means(TUNING, PLACE)
+    return max(arms()["baselines"], key=lambda arm: scores[best(arm)])
+
+
+def candidate() -> str:
+    """The displacement with one gradient a step that validated best; neither the paper's nor noise."""
+    scores = means(TUNING, PLACE)
+    rivals = [arm for arm in arms()["control"]["arms"] if arm not in (SAM, PAPER, CHANCE_ARM)]
+    return max(rivals, key=lambda arm: scores[best(arm)])
+
+
+def run_all(jobs: int) -> None:
+    """The tuning, the fresh seeds, and SAM on right labels."""
+    first = baselines()
+    run(TUNING, [(PLACE, trial, seed, first[trial]) for trial in first for seed in (0, 1)], jobs)
+    second = displaced()
+    run(TUNING, [(PLACE, trial, seed, second[trial]) for trial in second for seed in (0, 1)], jobs)
+    everything = first | second
+    primary = dict.fromkeys((better(), SAM, PAPER, candidate()))
+    for names in (primary, (CHANCE_ARM, *arms()["baselines"])):
+        confirm(STAGE, {arm: everything[best(arm)] for arm in names}, jobs, PLACES)
+    clean = {trial: changes | {"data_options.label_noise": 0.0} for trial, changes in displaced([SAM]).items()}
+    run(CLEAN, [(PLACE, trial, seed, clean[trial]) for trial in clean for seed in (0, 1)], jobs)
+
+
+def accuracy(arm: str) -> dict[str, dict[int, float]]:
+    """Cell -> seed -> test accuracy on fresh seeds, %; empty before all runs of the arm are there."""
+    found: dict[str, dict[int, float]] = {place: {} for place in PLACES}
+    for row in rows():
+        if row["stage"] == STAGE and row["arm"] == arm:
+            found[row["cell"]][int(row["seed"])] = 100 * row["test_top1"]
+    return found if all(len(seeds) == len(CONFIRMED) for seeds in found.values()) else {}
+
+
+def difference(arm: str, reference: str) -> Difference:
+    """Of per-seed means over the cells; the primary ones hold together."""
+    pooled = [
+        {seed: fmean(seeds[seed] for seeds in accuracy(name).values()) for seed in CONFIRMED}
+        for name in (arm, reference)
+    ]
+    return paired_difference(*pooled, comparisons=PRIMARY)
+
+
+def contrasts() -> list[tuple[str, Difference]]:
+    """The primary contrasts, then the context; empty while a primary one lacks runs."""
+    reference = better()
+    names = [SAM, PAPER, candidate()]
+    if not all(accuracy(arm) for arm in (reference, *names)):
+        return []
+    pairs = [(arm, reference) for arm in names]
+    pairs += [(CHANCE_ARM, reference), (candidate(), CHANCE_ARM), (candidate(), SAM), (PAPER, "sgd")]
+    return [(f"{a} minus {b}", difference(a, b)) for a, b in pairs if accuracy(a) and accuracy(b) and a != b]
+
+
+def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The part of report.md about this stage."""
+    from analyse import ends, equivalence, table, trials
+
+    noise = 100 * arms()["control"]["noise"]
+    tuning = [row for row in rows() if row["stage"] == TUNING]
+    parts = trials(f"## Stage 6: {noise:g} % wrong training labels (static ERK 80 %, validation accuracy, %)", tuning)
+    clean = [row for row in rows() if row["stage"] == CLEAN]
+    if clean:
+        parts += trials("## Stage 6: two-step SAM on right labels (static ERK 80 %, validation accuracy, %)", clean)
+    parts.append("## Stage 6: fresh seeds (test accuracy of the last epoch, %, mean ± sd)")
+    found = contrasts()
+    if not found:
+        return [*parts, "Under way."]
+    names = dict.fromkeys((*arms()["baselines"], SAM, PAPER, candidate(), CHANCE_ARM))
+    lines = [[best(arm), *(cell(accuracy(arm)[place]) for place in PLACES)] for arm in names if accuracy(arm)]
+    gaps = [
+        [what, f"{gap.mean:+.2f}", ends(gap.simultaneous if place < PRIMARY else gap.interval), equivalence(gap)]
+        for place, (what, gap) in enumerate(found)
+    ]
+    return [
+        *parts, table(["arm", *PLACES], lines),
+        f"The first {PRIMARY} differences are the stage's primary contrasts and hold together "
+        f"({100 - 5 / PRIMARY:.1f} % intervals); the others are context (95 % each). "
+        f"n = {len(CONFIRMED)} seeds, mean of {len(PLACES)} cells.",
+        table(["difference, points", "mean", "interval", "equivalent within +-"], gaps),
+    ]  # fmt: skip
+
+
+def cell(values: Mapping[int, float]) -> str:
+    """Mean and standard deviation."""
+    return f"{fmean(values.values()):.2f} ± {deviation(list(values.values())) or 0.0:.2f}"
