@@ -10,11 +10,11 @@ from statistics import fmean
 from typing import Any
 
 from s2sam.report.stats import Difference, deviation, paired_difference
-from study import CONFIRMED, arms, by_score, confirm, label, means, rows, run, settings_grid
+from study import CONFIRMED, arms, by_score, confirm, label, means, noise_like, rows, run, settings_grid
 
 TUNING, STAGE, CLEAN, PLACE = "control tuning", "control", "control clean", "static80"
 PLACES = ("static80", "static90")
-SAM, PAPER, CHANCE_ARM = "sam", "+g", "random"
+SAM, PAPER, NOISE = "sam", "+g", "noise like the candidate"
 PRIMARY = 3
 
 
@@ -70,7 +70,7 @@ def better() -> str:
 def candidate() -> str:
     """The displacement with one gradient a step that validated best; neither the paper's nor noise."""
     scores = means(TUNING, PLACE)
-    rivals = [arm for arm in arms()["control"]["arms"] if arm not in (SAM, PAPER, CHANCE_ARM)]
+    rivals = [arm for arm in arms()["control"]["arms"] if arm not in (SAM, PAPER)]
     return max(rivals, key=lambda arm: scores[best(arm)])
 
 
@@ -81,9 +81,10 @@ def run_all(jobs: int) -> None:
     second = displaced()
     run(TUNING, [(PLACE, trial, seed, second[trial]) for trial in second for seed in (0, 1)], jobs)
     everything = first | second
-    primary = dict.fromkeys((better(), SAM, PAPER, candidate()))
-    for names in (primary, (CHANCE_ARM, *arms()["baselines"])):
-        confirm(STAGE, {arm: everything[best(arm)] for arm in names}, jobs, PLACES)
+    primary = {arm: everything[best(arm)] for arm in dict.fromkeys((better(), SAM, PAPER, candidate()))}
+    noise = noise_like(best(candidate()), primary[candidate()])
+    for wanted in (primary, {NOISE: noise}, {arm: everything[best(arm)] for arm in arms()["baselines"]}):
+        confirm(STAGE, wanted, jobs, PLACES)
     clean = {trial: changes | {"data_options.label_noise": 0.0} for trial, changes in displaced([SAM]).items()}
     run(CLEAN, [(PLACE, trial, seed, clean[trial]) for trial in clean for seed in (0, 1)], jobs)
 
@@ -113,7 +114,7 @@ def contrasts() -> list[tuple[str, Difference]]:
     if not all(accuracy(arm) for arm in (reference, *names)):
         return []
     pairs = [(arm, reference) for arm in names]
-    pairs += [(CHANCE_ARM, reference), (candidate(), CHANCE_ARM), (candidate(), SAM), (PAPER, "sgd")]
+    pairs += [(NOISE, reference), (candidate(), NOISE), (candidate(), SAM), (PAPER, "sgd")]
     return [(f"{a} minus {b}", difference(a, b)) for a, b in pairs if accuracy(a) and accuracy(b) and a != b]
 
 
@@ -131,8 +132,12 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
     found = contrasts()
     if not found:
         return [*parts, "Under way."]
-    names = dict.fromkeys((*arms()["baselines"], SAM, PAPER, candidate(), CHANCE_ARM))
-    lines = [[best(arm), *(cell(accuracy(arm)[place]) for place in PLACES)] for arm in names if accuracy(arm)]
+    names = dict.fromkeys((*arms()["baselines"], SAM, PAPER, candidate(), NOISE))
+    lines = [
+        [arm if arm == NOISE else best(arm), *(cell(accuracy(arm)[place]) for place in PLACES)]
+        for arm in names
+        if accuracy(arm)
+    ]
     gaps = [
         [what, f"{gap.mean:+.2f}", ends(gap.simultaneous if place < PRIMARY else gap.interval), equivalence(gap)]
         for place, (what, gap) in enumerate(found)

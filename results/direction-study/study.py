@@ -278,14 +278,20 @@ def baseline(stage: str | None = None) -> str:
 def confirmation(jobs: int) -> None:
     """Stage 3."""
     everything, candidate = treatments(), screening(jobs)
-    noise = everything[candidate] | {"sam.direction": "random"}
-    if noise.get("sam.scale") == "step":  # of the length that the candidate had
-        lengths = [r["displacement"] for r in rows() if r["stage"] != "confirmation" and r["arm"] == candidate]
-        noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
+    noise = noise_like(candidate, everything[candidate])
     primary = {baseline(): everything[baseline()], candidate: everything[candidate]}
     context = {NOISE: noise}, {arm: everything[arm] for arm in arms()["baselines"]}
     for wanted in (primary, {paper(): everything[paper()]}, *context):
         confirm("confirmation", wanted, jobs)
+
+
+def noise_like(trial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The same trial with a random direction; a length by steps becomes the mean length that it had so far."""
+    noise = {**changes, "sam.direction": "random"}
+    if noise.get("sam.scale") == "step":
+        lengths = [r["displacement"] for r in rows() if r["seed"] in SCREENED and r["arm"] == trial]
+        noise |= {"sam.scale": "norm", "rho": float(np.mean(lengths))}
+    return noise
 
 
 def confirm(stage: str, wanted: Mapping[str, Mapping[str, Any]], jobs: int, cells: Iterable[str] = CELLS) -> None:
