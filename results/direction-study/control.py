@@ -39,8 +39,9 @@ def displaced(names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         told = arms()["control"]["arms"][arm]
         own = by_score([trial for trial in bases if arm_of(trial) == told["base"]], scores)[:3]
         for trial in own:
+            base = {key: value for key, value in bases[trial].items() if key != "sharpness"}  # none, in a baseline
             found |= {
-                trial.replace(told["base"], f"{arm} {rho:g}", 1): bases[trial] | told["changes"] | {"rho": rho}
+                trial.replace(told["base"], f"{arm} {rho:g}", 1): base | told["changes"] | {"rho": rho}
                 for rho in told["rho"]
             }
     return found
@@ -109,6 +110,9 @@ def difference(arm: str, reference: str) -> Difference:
 
 def contrasts() -> list[tuple[str, Difference]]:
     """The primary contrasts, then the context; empty while a primary one lacks runs."""
+    tried = {arm_of(trial) for trial in means(TUNING, PLACE)}
+    if not tried >= {*arms()["baselines"], *arms()["control"]["arms"]}:
+        return []
     reference = better()
     names = [SAM, PAPER, candidate()]
     if not all(accuracy(arm) for arm in (reference, *names)):

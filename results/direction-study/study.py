@@ -61,6 +61,8 @@ def config(cell: str, seed: int, changes: Mapping[str, Any], name: str) -> Train
     """The configuration of one run."""
     method, sparsity = (CELLS | SPARSER)[cell]
     flat = COMMON | {"sharpness": "s2sam"} | dict(changes)
+    if flat["sharpness"] == "none" and (idle := [key for key in changes if key == "rho" or key.startswith("sam.")]):
+        raise ValueError(f"{name} sets {', '.join(idle)} for a run that is not displaced; leave out sharpness none")
     return make_config(flat, method=method, sparsity=sparsity, seed=seed, out=str(RUNS / name))
 
 
@@ -123,6 +125,8 @@ def record(
     for key in ("displacement", "alignment"):  # means over the run
         values = [r[key] for r in steps if key in r]
         row[key] = float(np.mean(values)) if values else ""
+    if settings.sharpness == "s2sam" and not row["displacement"]:
+        raise RuntimeError(f"{stage} {cell} {arm} seed {seed} was never displaced; that is a baseline, not this arm")
     weights = load_file(settings.folder / "model.safetensors")
     row["weight_norm"] = sum(float(w.double().square().sum()) for w in weights.values() if w.ndim > 1) ** 0.5
     return row
