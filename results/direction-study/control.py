@@ -13,7 +13,7 @@ from s2sam.report.stats import Difference, deviation, paired_difference
 from study import CONFIRMED, arms, by_score, confirm, label, means, noise_like, rows, run, settings_grid
 
 TUNING, STAGE, CLEAN, PLACE = "control tuning", "control", "control clean", "static80"
-PLACES = ("static80", "static90")
+PLACES = (PLACE,)
 SAM, PAPER, NOISE = "sam", "+g", "noise like the candidate"
 PRIMARY = 3
 
@@ -150,7 +150,7 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
         *parts, table(["arm", *PLACES], lines),
         f"The first {PRIMARY} differences are the stage's primary contrasts and hold together "
         f"({100 - 5 / PRIMARY:.1f} % intervals); the others are context (95 % each). "
-        f"n = {len(CONFIRMED)} seeds, mean of {len(PLACES)} cells.",
+        f"n = {len(CONFIRMED)} seeds.",
         table(["difference, points", "mean", "interval", "equivalent within +-"], gaps),
     ]  # fmt: skip
 
