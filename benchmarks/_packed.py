@@ -23,6 +23,7 @@ from s2sam.train.loop import Trainer
 from s2sam.train.state import build
 
 EPOCHS, IMAGES = 160, 50_000  #: of the full run whose time is estimated
+ALONE = 0.25  #: load average of a processor below which nothing runs beside the measurement
 GOAL = 115.0  #: its seconds, for ResNet-32 of double width on a GPU
 
 
@@ -117,7 +118,7 @@ def measure_packed(
     together = bootstrap(median, speeds["packed"])
     return {
         "load_average_before": load,
-        "machine_was_alone": None if load is None else load < 0.5,
+        "machine_was_alone": None if load is None else load < ALONE * (os.cpu_count() or 1),
         "processes": count,
         "threads_of_each": max(1, threads // count),
         "threads_of_single": threads,

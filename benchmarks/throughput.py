@@ -24,6 +24,7 @@ process; on a CPU they share the threads that the one has to itself.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -183,7 +184,9 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--networks", nargs="+", default=["resnet20"], help="resnet20, resnet32, ...")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: its own choice)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the plain loop's DataLoader")
+    parser.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of the plain loop's DataLoader"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="of the trainer and of pure")

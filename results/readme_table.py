@@ -42,10 +42,34 @@ def throughput(path: Path) -> Iterator[Row]:
     for network, measured in found["networks"].items():
         for contestant, values in measured["contestants"].items():
             if contestant.startswith("trainer"):
+                what = f"{NAMES[network]}{setting(found['settings'])}, {NAMES[contestant]}"
                 yield (
-                    f"images/s of the trainer / of forward + backward alone, {NAMES[network]}, {NAMES[contestant]}",
+                    f"images/s of the trainer / of forward + backward alone, {what}",
                     *interval(values["ratio_to_pure"], 3), source(path, found),
                 )  # fmt: skip
+                if found["hardware"]["gpu"] and "ratio_to_plain" in values:
+                    yield (
+                        f"images/s of the trainer / of a DataLoader loop, {what}",
+                        *interval(values["ratio_to_plain"], 2), source(path, found),
+                    )  # fmt: skip
+
+
+def packing(path: Path) -> Iterator[Row]:
+    """Several trainers at a time / one."""
+    found = json.loads(path.read_text())
+    for network, measured in found["networks"].items():
+        what = f"{NAMES[network]}{setting(found['settings'])}, batch {found['settings']['batch']}"
+        yield (
+            f"images/s of {measured['processes']} runs at a time / of one, {what}, RigL, S2-SAM",
+            *interval(measured["gain"], 2), source(path, found),
+        )  # fmt: skip
+
+
+def setting(settings: dict[str, Any]) -> str:
+    """What differs from a network of its own width in fp32, as it is."""
+    width, words = settings.get("width", 1), [settings["precision"], settings.get("compile", "none")]
+    told = [f"width x {width:g}"] * (width != 1) + [word for word in words if word not in ("fp32", "none")]
+    return "".join(f", {word}" for word in told)
 
 
 def surface(path: Path) -> Iterator[Row]:
@@ -90,6 +114,8 @@ def table() -> str:
         rows += step_cost(path)
     for path in sorted(results.glob("throughput_*.json")):
         rows += throughput(path)
+    for path in sorted(results.glob("packing_*.json")):
+        rows += packing(path)
     for path in sorted(results.glob("surface_cost_*.json")):
         rows += surface(path)
     rows += study(ROOT / "results" / "direction-study")

@@ -258,8 +258,8 @@ def test_scaling_and_stand_in_are_printed_on_the_table(small, plan_of, table_of)
     small["budgets"] = {"smoke": {"seeds": 2, "set": {"epochs": 1}, "stand_in": {"data": "digits"}}}
     markdown = to_markdown(table_of(plan_of(small, budget="smoke")))
     assert (
-        "Scaled by --budget smoke, so these are not the numbers of Table 0: data cifar10 -> digits; epochs 100 -> 1."
-        in markdown
+        "Scaled by --budget smoke or by --set, so these are not the numbers of Table 0: "
+        "data cifar10 -> digits; epochs 100 -> 1." in markdown
     )
     assert "Fewer epochs reward fast optimisation" in markdown
     assert "stand in for the data of the table" in markdown

@@ -9,6 +9,7 @@ from itertools import chain, repeat
 from torch import Tensor
 
 from s2sam.train.config import TrainConfig
+from s2sam.train.fast import quickest_convolutions
 from s2sam.train.loop import train_step
 from s2sam.train.state import TrainState, build
 from s2sam.train.timing import StepTimer
@@ -25,14 +26,15 @@ def measure_rounds(
     itself (`stats_every`) are not.
     """
     arms = {name: _Arm(config) for name, config in configs.items()}
-    for arm in arms.values():
-        arm.seconds(warm_up)
     order = list(arms)
     found: dict[str, list[float]] = {name: [] for name in order}
-    for turn in range(rounds):
-        start = turn % len(order)
-        for name in order[start:] + order[:start]:
-            found[name].append(arms[name].seconds(steps) / steps)
+    with quickest_convolutions(arms[order[0]].state.device):  # as in training
+        for arm in arms.values():
+            arm.seconds(warm_up)
+        for turn in range(rounds):
+            start = turn % len(order)
+            for name in order[start:] + order[:start]:
+                found[name].append(arms[name].seconds(steps) / steps)
     return found
 
 

@@ -178,7 +178,8 @@ def plan_notes(plan: Plan) -> list[str]:
     if plan.scaled:
         paper = plan.suite.paper or "the full budget"
         listed = "; ".join(plan.scaled)
-        notes.append(f"Scaled by --budget {plan.budget.name}, so these are not the numbers of {paper}: {listed}.")
+        by = f"--budget {plan.budget.name} or by --set"
+        notes.append(f"Scaled by {by}, so these are not the numbers of {paper}: {listed}.")
         if any(change.startswith("epochs ") for change in plan.scaled):
             notes.append("Fewer epochs reward fast optimisation: what wins here need not win at the full budget.")
     if stands_in(plan):

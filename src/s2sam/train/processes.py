@@ -31,7 +31,8 @@ def in_processes(
 
     The processes are spawned, so they share nothing with this one, and they never see a Ctrl-C, not even while they
     import. If an exception comes out of the loop over this generator, or the generator is closed, they are sent SIGTERM
-    and waited for. Of several GPUs each process sees one, in turn, as its only one.
+    and waited for. Of several GPUs each process sees one, in turn, as its only one. Each compiles with its share of the
+    processors, unless TORCHINDUCTOR_COMPILE_THREADS says otherwise.
 
     Args:
         function: of a module, as its arguments and results are pickled.
@@ -48,9 +49,10 @@ def in_processes(
         return
     strangers = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
+    workers = min(jobs, len(tasks))
     pool = ProcessPoolExecutor(
-        min(jobs, len(tasks)), mp_context=context, initializer=_begin,
-        initargs=(begin, given, visible_gpus(), context.Value("i", 0)),
+        workers, mp_context=context, initializer=_begin,
+        initargs=(begin, given, visible_gpus(), context.Value("i", 0), max(1, (os.cpu_count() or 1) // workers)),
     )  # fmt: skip
     with pool:
         try:
@@ -74,10 +76,11 @@ def visible_gpus() -> list[str]:
 
 
 def _begin(
-    begin: Callable[..., None] | None, given: tuple[Any, ...], gpus: list[str], begun: Synchronized[int]
+    begin: Callable[..., None] | None, given: tuple[Any, ...], gpus: list[str], begun: Synchronized[int], compilers: int
 ) -> None:
     """In a process: leave Ctrl-C to the parent also where it could not be blocked; take the next GPU of several."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compilers))
     with begun.get_lock():
         place = begun.value
         begun.value += 1
