@@ -33,6 +33,8 @@ GRID = [(0.03, 0.008), (0.1, 5e-4), (0.1, 2e-3), (0.3, 5e-4), (0.3, 2e-3), (1.0,
 EMA = 0.995  #: of 2,000 steps: the last tenth of the run
 SECOND, AVERAGED, SCALED = "nesterov -g-norm-0.2-late", "nesterov averaged", f"{PAPER} x sqrt(density)"
 PLACES = CELLS | SPARSER
+METHODS = ("static", "rigl")
+GROWTH, CLEAN_ARM = "clean growth", f"{PAPER} clean growth"
 PRIMARY = 3
 Gains = Mapping[float, Mapping[int, float]]  # sparsity -> seed -> points, mean over static ERK and RigL
 
@@ -80,6 +82,12 @@ def run_all(jobs: int) -> None:
         confirm(STAGE, {SCALED: at[PAPER] | {"rho": rho}}, jobs, cells)
 
 
+def run_growth(jobs: int) -> None:
+    """The paper's arm with RigL, displaced in all steps but those that choose where weights grow."""
+    changes = tuned_arms()[PAPER] | best(PAPER) | {"sam.clean_growth": True}
+    confirm(GROWTH, {CLEAN_ARM: changes}, jobs, [cell for cell in SPARSER if cell.startswith("rigl")])
+
+
 def accuracy(arm: str) -> dict[str, dict[int, float]]:
     """Cell -> seed -> test accuracy of an arm, %, at all four sparsities where it has run."""
     stored = {"nesterov": baseline(), PAPER: paper()}.get(arm, arm)
@@ -90,19 +98,19 @@ def accuracy(arm: str) -> dict[str, dict[int, float]]:
         earlier = row["stage"] in ("confirmation", "confirmation 2")
         name = stored if earlier else "nesterov" if averaged else arm
         wanted = row["arm"] == name or (earlier and arm == SECOND and row["arm"].startswith(SECOND))
-        if wanted and (earlier or row["stage"] == STAGE) and row["cell"] in PLACES:
+        if wanted and (earlier or row["stage"] in (STAGE, GROWTH)) and row["cell"] in PLACES:
             key = "ema_test_top1" if arm == AVERAGED else "test_top1"
             found.setdefault(row["cell"], {})[int(row["seed"])] = 100 * row[key]
     return {cell: seeds for cell, seeds in found.items() if len(seeds) == len(CONFIRMED)}
 
 
-def gains(arm: str, reference: str) -> Gains:
+def gains(arm: str, reference: str, methods: Sequence[str] = METHODS) -> Gains:
     """Arm minus reference by sparsity, mean over the methods; `better` as the reference is the better baseline."""
     found: dict[float, dict[int, float]] = {}
     own = accuracy(arm)
     for sparsity in dict.fromkeys(value for _, value in PLACES.values()):
         name = (baseline() if sparsity < 0.95 else better()) if reference == "better" else reference
-        cells, against = [cell for cell, (_, value) in PLACES.items() if value == sparsity], accuracy(name)
+        cells, against = [c for c, (m, value) in PLACES.items() if value == sparsity and m in methods], accuracy(name)
         if all(cell in own and cell in against for cell in cells):
             found[sparsity] = {s: fmean(own[c][s] - against[c][s] for c in cells) for s in CONFIRMED}
     return found
@@ -142,7 +150,7 @@ def contrasts() -> list[tuple[str, str, Difference]]:
     wanted += [(arm, reference, own) for arm, reference in context if {arm, reference} <= set(names)]
     return [
         (
-            f"{arm} minus {'the better baseline' if reference == 'better' else reference}",
+            f"{arm} minus {named(reference)}",
             ", ".join(f"{100 * s:.0f}" for s in sparsities), pooled(gains(arm, reference), sparsities),
         )
         for arm, reference, sparsities in wanted
@@ -167,20 +175,62 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
         f"The first {PRIMARY} differences are the stage's primary contrasts and hold together "
         f"({100 - 5 / PRIMARY:.1f} % intervals); the others are context (95 % each).",
         table(["difference, points", "cells at %", "mean", "interval", "equivalent within +-", "n"], lines),
-        *(higher(arm, reference) for arm, reference in ((PAPER, "better"), (SECOND, "nesterov"))),
+        *(higher(arm, reference) for arm, reference in ((PAPER, "better"), (SECOND, "nesterov"), (PAPER, "sgd"))),
+        *exploratory(),
     ]  # fmt: skip
 
 
 def higher(arm: str, reference: str) -> str:
-    """The gain at each sparsity, and its slope."""
+    """The gain at each sparsity, and its slope, of both methods together and of each."""
     from analyse import over_seeds
 
     found = gains(arm, reference)
     each = ", ".join(f"{100 * s:.0f} %: {fmean(seeds.values()):+.2f}" for s, seeds in found.items())
-    return (
-        f"**Higher sparsity**, {arm} minus {'the better baseline' if reference == 'better' else reference}: {each}. "
-        f"Slope: {over_seeds(slope(found), 'points per halving of the density')}."
+    alone = "; ".join(
+        f"{method} alone {over_seeds(slope(gains(arm, reference, [method])), 'points')}" for method in METHODS
     )
+    return (
+        f"**Higher sparsity**, {arm} minus {named(reference)}: {each}. "
+        f"Slope: {over_seeds(slope(found), 'points per halving of the density')}; {alone}."
+    )
+
+
+def exploratory() -> list[str]:
+    """Where the differences come from: each method by itself, and each cell."""
+    from analyse import ends, table
+
+    pairs, lines = ((PAPER, "better"), (PAPER, "sgd"), (SECOND, "nesterov")), []
+    for arm, reference in pairs:
+        for method in METHODS:
+            found = gains(arm, reference, [method])
+            gap = pooled(found, (0.9, 0.95, 0.98))
+            each = (paired_difference(s, dict.fromkeys(s, 0.0), comparisons=len(SPARSER)) for s in found.values())
+            shown = [f"{g.mean:+.2f} {ends(g.simultaneous)}" for g in list(each)[-2:]]
+            lines.append([f"{arm} minus {named(reference)}", method, f"{gap.mean:+.2f} {ends(gap.interval)}", *shown])
+    return [
+        "### By method (exploratory: written after the runs)",
+        table(["difference, points", "method", "90, 95, 98 %", "95 %", "98 %"], lines),
+        "95 % intervals: over the three sparsities each by itself, at 95 and 98 % with Bonferroni over "
+        f"{len(SPARSER)} cells.",
+        *growth(),
+    ]
+
+
+def growth() -> list[str]:
+    """What it brings to choose RigL's growth by gradients at the clean weights, once it has run."""
+    from analyse import ends
+
+    found = gains(CLEAN_ARM, PAPER, ["rigl"])
+    if set(found) < {0.95, 0.98}:
+        return []
+    gap = pooled(found, found)
+    each = ", ".join(f"{100 * s:.0f} %: {fmean(seeds.values()):+.2f}" for s, seeds in found.items())
+    return [f"**{CLEAN_ARM} minus {PAPER}**, RigL: {gap.mean:+.2f} points, 95 % interval {ends(gap.interval)}; {each}."]
+
+
+def named(reference: str) -> str:
+    """A reference in words."""
+    return "the better baseline" if reference == "better" else reference
 
 
 def accuracies(names: Sequence[str]) -> str:

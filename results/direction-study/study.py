@@ -1,7 +1,7 @@
 """Screening and confirmation of displacement directions; protocol.md says what is done and why.
 
     python results/direction-study/study.py data --source FOLDER   # proxy.npz from CIFAR-10 as parquet files
-    python results/direction-study/study.py baselines|screening|confirmation|nesterov|sparser|control [--jobs 2]
+    python results/direction-study/study.py baselines|screening|confirmation|nesterov|sparser|control|growth [--jobs 2]
     python results/direction-study/study.py report                 # raw.csv -> tables on the screen and in report.md
 
 Every stage can be stopped and repeated: finished runs stand in raw.csv and are not run again.
@@ -355,6 +355,13 @@ def stage_5(jobs: int) -> None:
     run_all(jobs)
 
 
+def clean_growth(jobs: int) -> None:
+    """RigL's growth by gradients at the clean weights."""
+    from sparser import run_growth
+
+    run_growth(jobs)
+
+
 def stage_6(jobs: int) -> None:
     """Wrong labels, where two-step SAM gains."""
     from control import run_all
@@ -364,7 +371,7 @@ def stage_6(jobs: int) -> None:
 
 STAGES = {
     "baselines": baselines, "screening": screening, "confirmation": confirmation, "nesterov": stage_4,
-    "sparser": stage_5, "control": stage_6,
+    "sparser": stage_5, "control": stage_6, "growth": clean_growth,
 }  # fmt: skip
 
 

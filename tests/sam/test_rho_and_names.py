@@ -20,9 +20,9 @@ from sam_common import (
 )
 from torch import nn
 
-from s2sam import S2SAM, SAM
+from s2sam import S2SAM, SAM, sparsify
 from s2sam.sam.directions import DIRECTIONS
-from s2sam.sam.rho import late, like_lr, rising
+from s2sam.sam.rho import clean_growth, late, like_lr, rising
 
 X = make_data(1)[0][0]
 
@@ -69,6 +69,26 @@ def test_the_radius_is_the_product_with_the_groups_rho():
         schedule.step()
         optimizer.zero_grad()
     assert radii == pytest.approx([0.2 * (t / 8) ** 2 * (1 - 0.125 * t) for t in range(6)], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_growth_is_chosen_by_the_gradient_at_the_clean_weights(method):
+    net = make_net()
+    optimizer = sgd(net.parameters())
+    sparsifier = sparsify(net, optimizer, method=method, sparsity=0.5, total_steps=100, delta_t=3, include=[""])
+    S2SAM(optimizer, model=net, rho=clean_growth(sparsifier, rho=late(100, 0.02, rho=0.2)))
+    lengths, kept = [], []
+    for x, y in make_data(9):
+        w = snapshot(net)
+        F.cross_entropy(net(x), y).backward()
+        lengths.append(moved(net, w))
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append([mask.clone() for mask in sparsifier.masks.values()])
+    by_gradient = method == "rigl"  # the others change their masks after a step that moves the weights
+    want = [0.0 if t < 2 or (by_gradient and (t + 1) % 3 == 0) else 0.2 for t in range(9)]
+    assert lengths == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert not all(torch.equal(a, b) for a, b in zip(kept[1], kept[8], strict=True))  # the topology did change
 
 
 @given(total_steps=st.integers(1, 10**5), start=st.floats(0, 1), power=st.floats(0.1, 4), step=st.integers(0, 10**5))

@@ -164,3 +164,15 @@ def test_what_cannot_be_is_refused_in_one_sentence(make, sentence):
 def test_sam_and_plain_runs_take_what_they_have():
     assert with_sharpness("sam", scale="asam").sam.scale == "asam"
     assert with_sharpness("none", direction="random", scope="norm").sharpness == "none"
+
+
+def test_clean_growth_leaves_the_steps_alone_that_change_the_topology(tmp_path):
+    config = dataclasses.replace(with_sam(clean_growth=True), method="rigl", sparsity=0.8, out=str(tmp_path / "run"))
+    assert forked(lambda: run(config)) == 0
+    found = [length > 0 for length in displacements(tmp_path / "run")]
+    assert found == [False, False, True, False, True, False, True, True]  # delta_t is 2; the last step changes nothing
+
+
+def test_two_step_sam_has_no_clean_growth():
+    with pytest.raises(ValueError, match="clean_growth"):
+        dataclasses.replace(with_sam(clean_growth=True), sharpness="sam")

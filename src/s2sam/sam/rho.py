@@ -7,7 +7,8 @@ S2SAM multiplies what they return by the "rho" of each param_group, which is 1 w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch.optim import Optimizer
 
@@ -72,6 +73,46 @@ def like_lr(optimizer: Optimizer, *, rho: float = 1.0) -> Schedule:
         return radius * float(group["lr"]) / float(group.get("initial_lr", at_first))
 
     return factor
+
+
+class _Part(Protocol):
+    def replaces_next(self) -> bool: ...
+
+
+class _Sparsifier(Protocol):
+    @property
+    def parts(self) -> Sequence[_Part]: ...
+
+
+def clean_growth(sparsifier: _Sparsifier, rho: float | Schedule = 1.0) -> Schedule:
+    """0 in the steps whose gradient chooses where weights grow (RigL and kin), `rho` in all others.
+
+    Growth then ranks pruned weights by the gradient at w instead of w + e, so that masks and displacement can be told
+    apart. Cost: one step in `delta_t` is not displaced. Without effect for methods that grow by something else.
+
+    Example:
+        >>> import torch
+        >>> from s2sam import sparsify
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> options = {"method": "rigl", "sparsity": 0.5, "total_steps": 8, "delta_t": 2, "distribution": "uniform"}
+        >>> rigl = sparsify(model, optimizer, **options, include=["weight"])
+        >>> radius, found = clean_growth(rigl, rho=0.05), []
+        >>> for step in range(4):
+        ...     found.append(radius(step))
+        ...     model(torch.randn(3, 8)).sum().backward()
+        ...     optimizer.step()
+        >>> found
+        [0.05, 0.0, 0.05, 0.0]
+    """
+    schedule = rho if callable(rho) else check_number("rho", rho)
+
+    def radius(step: int) -> float:
+        if any(part.replaces_next() for part in sparsifier.parts):
+            return 0.0
+        return schedule(step) if callable(schedule) else schedule
+
+    return radius
 
 
 def _steps(total_steps: int) -> int:

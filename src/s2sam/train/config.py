@@ -43,6 +43,7 @@ class SamConfig:
         rho_schedule: constant, late (0 before rho_start), rising (linearly from 0) or lr (as the learning rate); s2sam
             only. With LT it begins anew in each training.
         rho_start: the share of the training after which rho_schedule late begins.
+        clean_growth: whether rho is 0 in steps whose gradient chooses where weights grow (RigL and kin); s2sam only.
         stats_every: a step record every so many steps, with what s2sam measures about itself; 0 = none.
     """
 
@@ -53,6 +54,7 @@ class SamConfig:
     ema_beta: float = 0.9
     rho_schedule: str = "constant"
     rho_start: float = 0.75
+    clean_growth: bool = False
     stats_every: int = 10
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class SamConfig:
         """Raise ValueError if something is set that the two-gradient method does not have."""
         if self.scale not in SAM_SCALES:
             raise ValueError(f"sam.scale {self.scale} is for sharpness s2sam; sam has {', '.join(SAM_SCALES)}")
-        for key in ("direction", "sign", "scope", "rho_schedule"):
+        for key in ("direction", "sign", "scope", "rho_schedule", "clean_growth"):
             value, only = getattr(self, key), getattr(SamConfig, key)
             if value != only:
                 raise ValueError(f"sam.{key} {value} is for sharpness s2sam; with sam leave it at {only}")

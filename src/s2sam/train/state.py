@@ -16,7 +16,7 @@ from s2sam.data.augment import Augment, mixup, soft_targets
 from s2sam.data.images import ImageData
 from s2sam.data.loader import Batches
 from s2sam.models import create_model
-from s2sam.sam.rho import late, like_lr, rising
+from s2sam.sam.rho import clean_growth, late, like_lr, rising
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
 from s2sam.sparse.base import Sparsifier
@@ -229,7 +229,7 @@ def build(config: TrainConfig, *, init: bool = True) -> TrainState:
             include=config.sparse.include, exclude=config.sparse.exclude, init=init, **config.method_options,
             **scoring_options(config, data, augment, device),
         )  # fmt: skip
-    sharpness = make_sharpness(model, optimizer, config, config.epochs * len(batches))
+    sharpness = make_sharpness(model, optimizer, config, config.epochs * len(batches), sparsifier)
     compile_network(model, config.compile)
     scaler = make_scaler(device, config.precision)
     skips = sharpness is not None or scaler.is_enabled()
@@ -253,15 +253,22 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.op
 
 
 def make_sharpness(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    total_steps: int,
+    sparsifier: Sparsifier | None = None,
 ) -> S2SAM | SAM | None:
     """What `sharpness` names, attached to the optimizer; a schedule of rho is over `total_steps`."""
     sam = config.sam
     if config.sharpness == "sam":
         return SAM(optimizer, model=model, rho=config.rho, scale=sam.scale)
     if config.sharpness == "s2sam":
+        rho = radius(config, optimizer, total_steps)
+        if sam.clean_growth and sparsifier is not None:
+            rho = clean_growth(sparsifier, rho)
         return S2SAM(
-            optimizer, model=model, rho=radius(config, optimizer, total_steps), direction=sam.direction, sign=sam.sign,
+            optimizer, model=model, rho=rho, direction=sam.direction, sign=sam.sign,
             scale=sam.scale, scope=sam.scope, ema_beta=sam.ema_beta, stats_every=sam.stats_every,
             generator=generator(config.seed, "sharpness") if sam.direction == "random" else None,
         )  # fmt: skip
