@@ -88,8 +88,8 @@ def study(folder: Path) -> Iterator[Row]:
     from analyse import findings
 
     link = f"[{folder.name}]({folder.relative_to(ROOT)}/report.md), proxy on a CPU"
-    for what, gap in findings():
-        bounds = "none" if gap.interval is None else f"[{gap.interval.low:+.2f}, {gap.interval.high:+.2f}], n = {gap.n}"
+    for what, gap, within in findings():
+        bounds = "none" if within is None else f"[{within.low:+.2f}, {within.high:+.2f}], n = {gap.n}"
         yield what, f"{gap.mean:+.2f} points", bounds, link
 
 

@@ -14,8 +14,8 @@ EQUIVALENT = 0.5  #: points
 SUPERSEDED = "Superseded: SGD's choice of stage 1 has moved since, and screening 2 begins anew."
 SCREENING = (
     "No interval is given here: the order of many arms on few seeds is a screening, not a finding. train: accuracy "
-    "under augmentation in the last epoch, at the displaced weights. e/w: mean ||e|| over final ||w||. alignment: "
-    "mean cosine of g_t and d_{t-1}."
+    "under augmentation in the last epoch, at the displaced weights. e/w: mean ||e|| over final ||w|| of all matrices "
+    "and kernels, whatever the scope. alignment: mean cosine of g_t and d_{t-1}."
 )
 PRIMARY = 2  #: primary contrasts: stages 3 and 4
 Row = dict[str, Any]
@@ -107,13 +107,31 @@ def trials(title: str, found: Sequence[Row]) -> list[str]:
     return [title, table(["trial", "n", "mean", "sd", "e/w"], lines)]
 
 
-def findings() -> list[tuple[str, Difference]]:
-    """Every arm of stages 3 and 4 that has all its runs against the better baseline, and what stage 5 compares."""
+def findings() -> list[tuple[str, Difference, Interval | None]]:
+    """What stages 3 to 6 compare on fresh seeds; the intervals of primary contrasts hold together for their stages."""
+    import control
     import sparser
 
-    reference = baseline()
-    found = [(f"{arm} minus {reference}, mean over 4 cells", pooled(cells, arm, reference)) for arm, cells in whole()]
-    return found + [(f"{what}, mean over the cells at {at} %", gap) for what, at, gap in sparser.contrasts()]
+    reference, context = baseline(), {*arms()["baselines"], NOISE}
+    found = [
+        (
+            not is_paper(arm) and arm not in context, f"{arm} minus {reference}, mean over 4 cells",
+            pooled(cells, arm, reference),
+        )
+        for arm, cells in whole()
+    ]  # fmt: skip
+    found += [
+        (place < sparser.PRIMARY, f"{what}, mean over the cells at {at} %", gap)
+        for place, (what, at, gap) in enumerate(sparser.contrasts())
+    ]
+    found += [
+        (place < control.PRIMARY, f"wrong labels, static ERK 80 %, {what}", gap)
+        for place, (what, gap) in enumerate(control.contrasts())
+    ]
+    return [
+        (f"{'primary: ' if primary else ''}{what}", gap, gap.simultaneous if primary else gap.interval)
+        for primary, what, gap in found
+    ]
 
 
 def whole() -> list[tuple[str, Cells]]:
