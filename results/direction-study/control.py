@@ -10,12 +10,27 @@ from statistics import fmean
 from typing import Any
 
 from s2sam.report.stats import Difference, deviation, paired_difference
-from study import CONFIRMED, arms, by_score, confirm, label, means, noise_like, rows, run, settings_grid
+from study import (
+    CELLS,
+    CONFIRMED,
+    arms,
+    baseline,
+    by_score,
+    confirm,
+    label,
+    means,
+    noise_like,
+    rows,
+    run,
+    settings_grid,
+)
 
 TUNING, STAGE, CLEAN, PLACE = "control tuning", "control", "control clean", "static80"
+RIGHT = "control right labels"  #: the candidate on fresh seeds where no label is wrong
 PLACES = (PLACE,)
 SAM, PAPER, NOISE = "sam", "+g", "noise like the candidate"
-PRIMARY = 3
+PRIMARY = 4
+Accuracy = Mapping[str, Mapping[int, float]]  # cell -> seed -> %
 
 
 def noisy() -> dict[str, float]:
@@ -84,27 +99,27 @@ def run_all(jobs: int) -> None:
     everything = first | second
     primary = {arm: everything[best(arm)] for arm in dict.fromkeys((better(), SAM, PAPER, candidate()))}
     noise = noise_like(best(candidate()), primary[candidate()])
-    for wanted in (primary, {NOISE: noise}, {arm: everything[best(arm)] for arm in arms()["baselines"]}):
+    confirm(STAGE, primary, jobs, PLACES)
+    right = {"data_options.label_noise": 0.0}
+    confirm(RIGHT, {best(candidate()): everything[best(candidate())] | right}, jobs)
+    for wanted in ({NOISE: noise}, {arm: everything[best(arm)] for arm in arms()["baselines"]}):
         confirm(STAGE, wanted, jobs, PLACES)
-    clean = {trial: changes | {"data_options.label_noise": 0.0} for trial, changes in displaced([SAM]).items()}
+    clean = {trial: changes | right for trial, changes in displaced([SAM]).items()}
     run(CLEAN, [(PLACE, trial, seed, clean[trial]) for trial in clean for seed in (0, 1)], jobs)
 
 
-def accuracy(arm: str) -> dict[str, dict[int, float]]:
+def accuracy(arm: str, stage: str = STAGE, places: Iterable[str] = PLACES) -> Accuracy:
     """Cell -> seed -> test accuracy on fresh seeds, %; empty before all runs of the arm are there."""
-    found: dict[str, dict[int, float]] = {place: {} for place in PLACES}
+    found: dict[str, dict[int, float]] = {place: {} for place in places}
     for row in rows():
-        if row["stage"] == STAGE and row["arm"] == arm:
+        if row["stage"] == stage and row["arm"] == arm and row["cell"] in found:
             found[row["cell"]][int(row["seed"])] = 100 * row["test_top1"]
     return found if all(len(seeds) == len(CONFIRMED) for seeds in found.values()) else {}
 
 
-def difference(arm: str, reference: str) -> Difference:
+def difference(treated: Accuracy, reference: Accuracy) -> Difference:
     """Of per-seed means over the cells; the primary ones hold together."""
-    pooled = [
-        {seed: fmean(seeds[seed] for seeds in accuracy(name).values()) for seed in CONFIRMED}
-        for name in (arm, reference)
-    ]
+    pooled = [{s: fmean(seeds[s] for seeds in side.values()) for s in CONFIRMED} for side in (treated, reference)]
     return paired_difference(*pooled, comparisons=PRIMARY)
 
 
@@ -115,11 +130,19 @@ def contrasts() -> list[tuple[str, Difference]]:
         return []
     reference = better()
     names = [SAM, PAPER, candidate()]
-    if not all(accuracy(arm) for arm in (reference, *names)):
+    right = accuracy(best(candidate()), RIGHT, CELLS)
+    if not right or not all(accuracy(arm) for arm in (reference, *names)):
         return []
     pairs = [(arm, reference) for arm in names]
     pairs += [(NOISE, reference), (candidate(), NOISE), (candidate(), SAM), (PAPER, "sgd")]
-    return [(f"{a} minus {b}", difference(a, b)) for a, b in pairs if accuracy(a) and accuracy(b) and a != b]
+    found = [
+        (f"wrong labels, {a} minus {b}", difference(accuracy(a), accuracy(b)))
+        for a, b in pairs
+        if a != b and accuracy(a) and accuracy(b)
+    ]
+    cost = difference(right, accuracy(baseline(), "confirmation", CELLS))
+    found.insert(len(names), (f"right labels, {best(candidate())} minus {baseline()}, mean over 4 cells", cost))
+    return found
 
 
 def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -149,7 +172,7 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         *parts, table(["arm", *PLACES], lines),
         f"The first {PRIMARY} differences are the stage's primary contrasts and hold together "
-        f"({100 - 5 / PRIMARY:.1f} % intervals); the others are context (95 % each). "
+        f"({100 - 5 / PRIMARY:g} % intervals); the others are context (95 % each). "
         f"n = {len(CONFIRMED)} seeds.",
         table(["difference, points", "mean", "interval", "equivalent within +-"], gaps),
     ]  # fmt: skip

@@ -243,7 +243,7 @@ def tripwires(plan: Plan, entries: Iterable[Entry]) -> list[str]:
         if 100 * entry.center < bar:
             notes.append(
                 f"{TRIPWIRE}: {entry.cell.label}, {entry.column} reaches {100 * entry.center:.2f} %, below the {bar:g} "
-                "% of a well-tuned pipeline (which trains on all images); mend that first, the comparisons of this row and "
+                "% of a well-tuned pipeline trained on all images; mend that first, the comparisons of this row and "
                 "the pooled ones are void."
             )
     return notes
