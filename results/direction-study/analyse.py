@@ -124,7 +124,7 @@ def findings() -> list[tuple[str, Difference, Interval | None]]:
         (place < sparser.PRIMARY, f"{what}, mean over the cells at {at} %", gap)
         for place, (what, at, gap) in enumerate(sparser.contrasts())
     ]
-    found += [(place < control.PRIMARY, what, gap) for place, (what, gap) in enumerate(control.contrasts())]
+    found += control.contrasts()
     return [
         (f"{'primary: ' if primary else ''}{what}", gap, gap.simultaneous if primary else gap.interval)
         for primary, what, gap in found

@@ -86,6 +86,9 @@ class S2SAM:
     Cost: one gradient a step, one buffer per parameter in scope ("ema": two), 52 bytes of traffic per fp32 parameter
     and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not.
 
+    Worth: in this project's study (results/direction-study, a small proxy) no variant beat tuned Nesterov, and the
+    default lost to it with RigL. Compare with `nesterov=True` before you rely on a gain.
+
     Source: Ji et al., NeurIPS 2024 (S2-SAM). Their code (jjsrf/SSAM-NEURIPS2024:sam.py) never perturbs on torch >= 2.
 
     Example:
