@@ -27,6 +27,19 @@ from s2sam.sam.rho import clean_growth, late, like_lr, rising
 X = make_data(1)[0][0]
 
 
+def lengths(net, optimizer, steps, after):
+    """||x - w|| in each of some training steps; `after` is called when one is done."""
+    found = []
+    for x, y in make_data(steps):
+        w = snapshot(net)
+        F.cross_entropy(net(x), y).backward()
+        found.append(moved(net, w))
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+    return found
+
+
 # rho as a function
 
 
@@ -60,14 +73,7 @@ def test_the_radius_is_the_product_with_the_groups_rho():
     factors = {"rising": rising(8, power=2.0), "lr": like_lr(optimizer)}
     S2SAM(optimizer, model=net, rho=lambda t: factors["rising"](t) * factors["lr"](t))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, total_iters=6)
-    radii = []
-    for x, y in make_data(6):
-        w = snapshot(net)
-        F.cross_entropy(net(x), y).backward()
-        radii.append(moved(net, w))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    radii = lengths(net, optimizer, 6, schedule.step)
     assert radii == pytest.approx([0.2 * (t / 8) ** 2 * (1 - 0.125 * t) for t in range(6)], rel=1e-9)
 
 
@@ -77,17 +83,11 @@ def test_growth_is_chosen_by_the_gradient_at_the_clean_weights(method):
     optimizer = sgd(net.parameters())
     sparsifier = sparsify(net, optimizer, method=method, sparsity=0.5, total_steps=100, delta_t=3, include=[""])
     S2SAM(optimizer, model=net, rho=clean_growth(sparsifier, rho=late(100, 0.02, rho=0.2)))
-    lengths, kept = [], []
-    for x, y in make_data(9):
-        w = snapshot(net)
-        F.cross_entropy(net(x), y).backward()
-        lengths.append(moved(net, w))
-        optimizer.step()
-        optimizer.zero_grad()
-        kept.append([mask.clone() for mask in sparsifier.masks.values()])
+    kept = []
+    found = lengths(net, optimizer, 9, lambda: kept.append([mask.clone() for mask in sparsifier.masks.values()]))
     by_gradient = method == "rigl"  # the others change their masks after a step that moves the weights
     want = [0.0 if t < 2 or (by_gradient and (t + 1) % 3 == 0) else 0.2 for t in range(9)]
-    assert lengths == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert found == pytest.approx(want, rel=1e-9, abs=1e-12)
     assert not all(torch.equal(a, b) for a, b in zip(kept[1], kept[8], strict=True))  # the topology did change
 
 
