@@ -23,8 +23,8 @@ from s2sam.train.loop import Trainer
 from s2sam.train.state import build
 
 EPOCHS, IMAGES = 160, 50_000  #: of the full run whose time is estimated
-ALONE = 0.25  #: load average of a processor below which nothing runs beside the measurement
 GOAL = 115.0  #: its seconds, for ResNet-32 of double width on a GPU
+ALONE = 0.25  #: load average of a processor below which nothing runs beside the measurement
 
 
 def trainer_epoch(config: TrainConfig, folder: Path) -> Callable[[], float]:

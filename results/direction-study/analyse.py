@@ -121,8 +121,7 @@ def findings() -> list[tuple[str, Difference, Interval | None]]:
         for arm, cells in whole()
     ]  # fmt: skip
     found += [
-        (place < sparser.PRIMARY, f"{what}, mean over the cells at {at} %", gap)
-        for place, (what, at, gap) in enumerate(sparser.contrasts())
+        (primary, f"{what}, mean over the cells at {at} %", gap) for primary, what, at, gap in sparser.contrasts()
     ]
     found += control.contrasts()
     return [

@@ -10,7 +10,7 @@ from math import log2
 from statistics import fmean, linear_regression
 from typing import Any
 
-from s2sam.report.stats import Difference, paired_difference
+from s2sam.report.stats import Difference, deviation, paired_difference
 from study import (
     CELLS,
     CONFIRMED,
@@ -39,9 +39,9 @@ PRIMARY = 3
 Gains = Mapping[float, Mapping[int, float]]  # sparsity -> seed -> points, mean over static ERK and RigL
 
 
-def settings() -> list[dict[str, Any]]:
+def settings(pairs: Iterable[Sequence[float]] = GRID) -> list[dict[str, Any]]:
     """Learning rates and weight decays that every arm of the tuning tries."""
-    return [setting for lr, wd in GRID for setting in settings_grid({"lr": [lr], "optim.weight_decay": [wd]})]
+    return [setting for lr, wd in pairs for setting in settings_grid({"lr": [lr], "optim.weight_decay": [wd]})]
 
 
 def tuned_arms() -> dict[str, dict[str, Any]]:
@@ -139,8 +139,8 @@ def whole() -> list[str]:
     return names if {"nesterov", PAPER, SECOND, AVERAGED} <= set(names) else []
 
 
-def contrasts() -> list[tuple[str, str, Difference]]:
-    """What is compared, at which sparsities, and the difference; the primary ones come first."""
+def contrasts() -> list[tuple[bool, str, str, Difference]]:
+    """Whether it is primary, what is compared, at which sparsities, the difference; the primary ones come first."""
     names, all_three, own = whole(), (0.9, 0.95, 0.98), (0.95, 0.98)
     if not names:
         return []
@@ -150,10 +150,10 @@ def contrasts() -> list[tuple[str, str, Difference]]:
     wanted += [(arm, reference, own) for arm, reference in context if {arm, reference} <= set(names)]
     return [
         (
-            f"{arm} minus {named(reference)}",
+            place < PRIMARY, f"{arm} minus {named(reference)}",
             ", ".join(f"{100 * s:.0f}" for s in sparsities), pooled(gains(arm, reference), sparsities),
         )
-        for arm, reference, sparsities in wanted
+        for place, (arm, reference, sparsities) in enumerate(wanted)
     ]  # fmt: skip
 
 
@@ -166,8 +166,8 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
         return [*parts, "Under way."]
     picks = [f"{arm}: lr {best(arm)['lr']:g}, weight decay {best(arm)['optim.weight_decay']:g}" for arm in tuned_arms()]
     lines = []
-    for place, (what, at, gap) in enumerate(contrasts()):
-        interval = gap.simultaneous if place < PRIMARY else gap.interval
+    for primary, what, at, gap in contrasts():
+        interval = gap.simultaneous if primary else gap.interval
         lines.append([what, at, f"{gap.mean:+.2f}", ends(interval), equivalence(gap), f"{gap.n}"])
     return [
         *parts, accuracies(whole()),
@@ -236,10 +236,11 @@ def named(reference: str) -> str:
 def accuracies(names: Sequence[str]) -> str:
     """Arms by cells."""
     from analyse import table
-    from s2sam.report.stats import deviation
-
-    def cell(values: Mapping[int, float]) -> str:
-        return f"{fmean(values.values()):.2f} ± {deviation(list(values.values())) or 0.0:.2f}"
 
     lines = [[arm, *(cell(accuracy(arm)[place]) for place in SPARSER)] for arm in names]
     return table(["arm", *SPARSER], lines)
+
+
+def cell(values: Mapping[int, float]) -> str:
+    """Mean and standard deviation."""
+    return f"{fmean(values.values()):.2f} ± {deviation(list(values.values())) or 0.0:.2f}"

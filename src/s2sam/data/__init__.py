@@ -7,6 +7,7 @@ keyword options. A folder is recognised by the names of the files in it.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,15 +103,15 @@ def load_data(
 
 def with_label_noise(data: ImageData, share: float, seed: int) -> ImageData:
     """The same images with some training labels wrong; the notes tell how many."""
-    from s2sam.data.images import ImageData
+    from s2sam.data.images import digest_of
     from s2sam.data.splits import noisy_labels
 
     labels = noisy_labels(data.train_y, data.num_classes, share=share, seed=seed)
     wrong = int((labels != data.train_y).sum())
     note = f"{wrong:,} of {len(labels):,} training labels are made wrong"
     notes = f"{data.notes}; {note}" if data.notes else note
-    pairs = ((data.train_x, labels), data.split("val"), data.split("test"))
-    return ImageData.build(data.name, *pairs, data.classes, notes)
+    digest = digest_of(data.train_x, labels, *data.split("val"), *data.split("test"))
+    return replace(data, train_y=labels, digest=digest, notes=notes)
 
 
 def data_options(spec: str | Path) -> dict[str, Any]:
