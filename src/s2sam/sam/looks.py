@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2sam.private_torch import computing
 from s2sam.sam.slot import Slot
 
 
@@ -57,8 +58,9 @@ class Looks:
         self._swap()
 
     def _swap(self) -> None:
-        for slot in self._slots:
-            slot.peek()
+        with computing():
+            for slot in self._slots:
+                slot.peek()
 
     def _save(self, saved: Tensor) -> Tensor:
         """Copy what shares its storage with a displaced parameter."""

@@ -6,13 +6,15 @@ the model is copied or pickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from s2sam.hooks import WeakHook
+from s2sam.private_torch import is_in_functional_call
 
 
 class WindowOwner(Protocol):
@@ -52,6 +54,72 @@ def _before_load(owner: WindowOwner, module: nn.Module, *args: Any) -> None:
     owner._weights_replaced(args[-1])  # the list of errors: one per load_state_dict call
 
 
+class Places:
+    """Where the parameters of an optimizer stand in its models, so that a forward can tell whether it runs on them."""
+
+    def __init__(self, models: Sequence[nn.Module], parameters: Iterable[Tensor]) -> None:
+        self._models = [weakref.ref(m) for m in models]
+        found = self._find({id(p) for p in parameters})
+        self._places = [(slots, key, slots[key]) for slots, key in found]
+
+    def _find(self, wanted: set[int]) -> list[tuple[dict[str, Any], str]]:
+        """The first place of each parameter with one of these ids."""
+        found: dict[int, tuple[dict[str, Any], str]] = {}
+        for module in [part for ref in self._models if (model := ref()) is not None for part in model.modules()]:
+            for key, p in module._parameters.items():
+                if id(p) in wanted:
+                    found.setdefault(id(p), (module._parameters, key))
+        return list(found.values())
+
+    def hold(self) -> bool:
+        """True if the models hold the parameters; False inside a functional_call that puts other tensors there.
+
+        Cost: an identity check per parameter.
+
+        Raises:
+            RuntimeError: some have left the models for good.
+        """
+        if all(slots.get(key) is p for slots, key, p in self._places):
+            return True
+        parameters = [p for _, _, p in self._places]
+        found = self._find({id(p) for p in parameters})
+        if len(found) == len(parameters):  # moved within the models, by torch.nn.utils.parametrize for instance
+            self._places = [(slots, key, slots[key]) for slots, key in found]
+            return True
+        if is_in_functional_call():
+            return False
+        raise RuntimeError(
+            f"S2SAM: {len(parameters) - len(found)} of {len(parameters)} parameters that its optimizer trains are no "
+            "longer in the model; something has put others in their place (fully_shard, model.to() with "
+            "torch.__future__.set_overwrite_module_params_on_conversion, a new layer). Call sam.remove(), build the "
+            "optimizer from model.parameters() as they are now, and attach again"
+        )
+
+
+class CompiledCall:
+    """The call of a module that was compiled in place, with the window around it instead of inside its graph."""
+
+    def __init__(self, owner: WindowOwner, module: nn.Module, compiled: Callable[..., Any]) -> None:
+        self._owner, self._module, self.compiled = weakref.ref(owner), weakref.ref(module), compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the compiled module."""
+        owner, module = self._owner(), self._module()
+        if owner is None or module is None:
+            return self.compiled(*args, **kwargs)
+        _before_forward(owner, module, args)
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            owner._leave_forward()
+
+    def remove(self) -> None:
+        """Put the compiled call back where it was."""
+        module = self._module()
+        if module is not None and module._compiled_call_impl is self:
+            module._compiled_call_impl = self.compiled
+
+
 def check_models(model: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """A Module, a sequence of them, or None, as a list. Raises TypeError for anything else."""
     several = isinstance(model, Sequence) and not isinstance(model, nn.Module | str)
@@ -65,13 +133,18 @@ def check_models(model: nn.Module | Sequence[nn.Module] | None) -> list[nn.Modul
 def hook_models(owner: WindowOwner, models: Iterable[nn.Module]) -> list[Any]:
     """Register all hooks for `owner` on `models`; returns the handles.
 
-    The forward hooks sit on each model itself, the state-dict hooks on every sub-module, so that
-    `model.encoder.state_dict()` is clean as well.
+    The forward hooks sit on each model itself (around the compiled call, if it was compiled in place), the state-dict
+    hooks on every sub-module, so that `model.encoder.state_dict()` is clean as well.
     """
     handles: list[Any] = []
     for model in models:
-        handles.append(model.register_forward_pre_hook(WeakHook(_before_forward, owner, model), prepend=True))
-        handles.append(model.register_forward_hook(WeakHook(_after_forward, owner, model), always_call=True))
+        compiled = getattr(model, "_compiled_call_impl", None)
+        if compiled is not None:
+            model._compiled_call_impl = CompiledCall(owner, model, compiled)
+            handles.append(model._compiled_call_impl)
+        else:
+            handles.append(model.register_forward_pre_hook(WeakHook(_before_forward, owner, model), prepend=True))
+            handles.append(model.register_forward_hook(WeakHook(_after_forward, owner, model), always_call=True))
         for part in model.modules():
             save, load = WeakHook(_save_clean, owner, part), WeakHook(_before_load, owner, part)
             handles.append(part.register_state_dict_post_hook(save))  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +23,12 @@ from s2sam.hooks import (
     release_sharpness,
     step_hooks,
 )
+from s2sam.private_torch import computing, is_in_backward, is_tracing
 from s2sam.sam.blocks import Block, Flag, coefficients
 from s2sam.sam.directions import make_direction
-from s2sam.sam.guard import guard
+from s2sam.sam.guard import CLEAN_GRADIENT, MIXED_GRADIENTS, WRITTEN, complain
 from s2sam.sam.looks import Looks
-from s2sam.sam.model_hooks import check_models, hook_models
+from s2sam.sam.model_hooks import Places, check_models, hook_models
 from s2sam.sam.norms import all_finite, largest
 from s2sam.sam.options import Options, paper_options
 from s2sam.sam.scales import SCALES
@@ -136,6 +138,7 @@ class S2SAM:
         self._stats = Stats(int(check_number("stats_every", stats_every)))
         self._looks = Looks(self._slots)
         hooks = claim_sharpness(self.optimizers, self, radius)
+        self._places = Places(models, parameters)
         self._handles: list[Any] = hook_models(self, models)
         for slot, h in zip(self._slots, hooks, strict=True):
             self._attach(slot, h)
@@ -186,16 +189,19 @@ class S2SAM:
         """Move all parameters from w to x = w + e, unless they are there already. Counts as a displaced forward."""
         if self._looks.clean:
             return
-        for slot in self._slots:
-            slot.fresh = True
+        if any(slot.written() for slot in self._slots):
+            self.restore(warn=False)
+            raise RuntimeError(WRITTEN)
         closed = [(slot, slot.displaceable()) for slot in self._slots if not slot.open]
         if not any(blocks for _, blocks in closed):
+            for slot in self._slots:
+                slot.fresh = True
             for slot, _ in closed:
                 slot.open = True
             if closed and self._stats.due(self._slots[0].step):
                 self._stats.no_displacement()
             return
-        if torch._C._current_graph_task_id() != -1:
+        if is_in_backward():
             raise RuntimeError(
                 "S2SAM: a displacement was requested while a backward runs, so the forward it belongs to used the "
                 "clean weights; use torch.utils.checkpoint with use_reentrant=False"
@@ -205,7 +211,16 @@ class S2SAM:
                 "S2SAM: a CUDA graph that captures the whole step would replay this step's rho and window for ever; "
                 "capture forward and backward only (torch.compile with mode='reduce-overhead' does)"
             )
-        self._open(closed)
+        self._check_mixed([slot for slot, blocks in closed if blocks and not slot.fresh])
+        for slot in self._slots:
+            slot.fresh = True
+        with computing():
+            self._open(closed)
+
+    def _check_mixed(self, slots: list[Slot]) -> None:
+        """No gradient that was taken at w since the last step may be there when the first window of a step opens."""
+        if self.on_clean_grad != "ignore" and any(slot.watch.added(slot.with_direction()) for slot in slots):
+            complain(self.on_clean_grad, MIXED_GRADIENTS)
 
     @torch.no_grad()
     def _open(self, closed: list[tuple[Slot, list[Block]]]) -> None:
@@ -223,8 +238,14 @@ class S2SAM:
         if measure:
             self._stats.after_displace(self.sign)
 
-    def restore(self) -> None:
-        """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed."""
+    def restore(self, *, warn: bool = True) -> None:
+        """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed.
+
+        Args:
+            warn: say so if somebody has written to weights while they were displaced, which this undoes.
+        """
+        if warn and any(slot.written() for slot in self._slots):
+            warnings.warn(WRITTEN, stacklevel=2)
         self._looks.end()
         for slot in self._slots:
             if slot.open:
@@ -303,8 +324,14 @@ class S2SAM:
     # What the model hooks and the closure call
 
     def _enter_forward(self, module: nn.Module | None, clean: bool) -> None:
+        if is_tracing():  # recorded, not computed: no training step, and what is recorded is to hold w
+            with computing():
+                self.restore()
+            self._looks.enter(module, clean=False)
+            return
+        opens = not clean and self._places.hold()
         self._looks.enter(module, clean)
-        if not clean:
+        if opens:
             self.displace()
 
     def _leave_forward(self) -> None:
@@ -331,10 +358,20 @@ class S2SAM:
     # The phases of a step
 
     def _check(self, slot: Slot, context: StepContext) -> None:
+        if is_in_backward():
+            raise RuntimeError(
+                "S2SAM: optimizer.step() was called while the backward is still running (an optimizer in the backward, "
+                "register_post_accumulate_grad_hook), and would take the displaced weights away from the rest of it; "
+                "call optimizer.step() after loss.backward()"
+            )
         gradients = context.gradients()
         if any(g.layout != torch.strided for g in gradients):
             raise ValueError("S2SAM: sparse gradients are not supported; build the embedding with sparse=False")
-        guard(slot, self.on_clean_grad)
+        if any(other.written() for other in self._slots):
+            self.restore(warn=False)
+            raise RuntimeError(WRITTEN)
+        if not slot.fresh and self.on_clean_grad != "ignore" and any(p.grad is not None for p in slot.with_direction()):
+            complain(self.on_clean_grad, CLEAN_GRADIENT.format(name=type(slot.optimizer).__name__))
         if self.nonfinite == "ignore" or not gradients:
             return
         new = any(slot.is_new(p) for p in slot.parameters())
@@ -367,9 +404,9 @@ class S2SAM:
 
     def _before_load(self, slot: Slot) -> None:
         self.restore()
-        self._rhos = [group["rho"] for group in slot.optimizer.param_groups]
+        self._rhos = [group[slot.rho_key] for group in slot.optimizer.param_groups]
 
     def _after_load(self, slot: Slot) -> None:
         for group, rho in zip(slot.optimizer.param_groups, self._rhos, strict=True):
-            group.setdefault("rho", rho)
+            group.setdefault(slot.rho_key, rho)
         slot.load()

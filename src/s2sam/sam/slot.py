@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from s2sam.hooks import check_number
+from s2sam.hooks import check_number, rho_key
 from s2sam.sam.blocks import Block, Flag, Twin
 from s2sam.sam.directions import EMA, KEY, SEED, Gradient, News, Row, where_it_is
 from s2sam.sam.displacement import choose_, copy_unless_, displace_, reopen_, restore_, swap_
+from s2sam.sam.guard import GradientWatch
 from s2sam.sam.norms import constant, real
 from s2sam.sam.scales import Scale
 from s2sam.sam.scope import Scope
@@ -37,6 +38,10 @@ class Slot:
     ) -> None:
         self.optimizer, self.direction, self.scale, self.scope = optimizer, direction, scale, scope
         self.factor = factor
+        self.rho_key = rho_key(optimizer)  #: of the radius in the groups
+        self.watch = GradientWatch()
+        self._versions: list[tuple[int, int]] = []  #: version and address of the displaced parameters
+        self._looking = self._tainted = False  #: w is shown for a moment; x was written to
         self._seen: set[int] = set()  #: parameters out of scope that have had a gradient
         self.open = False  #: between displace and restore
         self.fresh = False  #: a displaced forward or displace() happened since the last step
@@ -58,8 +63,8 @@ class Slot:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def rho(self, group: dict[str, Any]) -> float:
-        """rho of a group for the coming step: group["rho"] times the schedule's factor; ValueError if unusable."""
-        rho = check_number("rho", group["rho"])
+        """rho of a group for the coming step: the group's own times the schedule's factor; ValueError if unusable."""
+        rho = check_number(self.rho_key, group[self.rho_key])
         return rho if self.factor is None else rho * check_number(f"rho({self.step})", self.factor(self.step))
 
     def radius(self, group: dict[str, Any]) -> float:
@@ -74,6 +79,11 @@ class Slot:
     def is_new(self, p: Tensor) -> bool:
         """True if `p` is about to get its first gradient."""
         return p.grad is not None and (self.buffer(p) is None if p in self.scope else id(p) not in self._seen)
+
+    def with_direction(self) -> list[Tensor]:
+        """The parameters with a buffer whose group has a radius above 0 now: those that a window displaces."""
+        groups = [group for group in self.optimizer.param_groups if self.rho(group) > 0]
+        return [p for group in groups for p in group["params"] if self.buffer(p) is not None]
 
     # The window
 
@@ -130,8 +140,20 @@ class Slot:
                 block.c = None
             for p in block.p:
                 self.twins.pop(id(p), None)
-        self.blocks, self.open = blocks, True
+        self.blocks, self.open, self._looking, self._tainted = blocks, True, False, False
+        self._remember_versions()
         torch.clear_autocast_cache()
+
+    def _remember_versions(self) -> None:
+        self._versions = [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
+
+    def written(self) -> bool:
+        """True if somebody has written to displaced parameters in place; new memory (`.to()`, a flattened RNN) is none."""
+        if not (self._looking or self._tainted):
+            now = [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
+            pairs = zip(self._versions, now, strict=True) if now != self._versions else ()
+            self._tainted = any(new[0] != old[0] and new[1] == old[1] for old, new in pairs)
+        return self._tainted
 
     @torch.no_grad()
     def restore(self, *, keep: bool, flag: Flag | None = None) -> None:
@@ -158,6 +180,7 @@ class Slot:
                 restore_(block.p, block.b)
                 self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
+        self._versions, self._looking, self._tainted = [], False, False
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -166,8 +189,11 @@ class Slot:
 
         Works on `.data`, so a graph that waits for its backward meanwhile does not take this for a change of weights.
         """
+        self.written()  # what is written while w is shown is written to w, and no harm
         for block in self.blocks:
             swap_([p.data for p in block.p], block.b)
+        self._looking = not self._looking
+        self._remember_versions()
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -211,6 +237,7 @@ class Slot:
     def end_step(self) -> None:
         """Count the step; what twins there are belong to the weights as they are now."""
         self.count()
+        self.watch.after_step(self.parameters())
         for p in self.parameters() if self.twins else ():
             if id(p) in self.twins:
                 self.twins[id(p)].version = p._version

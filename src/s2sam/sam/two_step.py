@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import Closure, Phase, StepContext, check_number, check_optimizers, claim_sharpness, release_sharpness
+from s2sam.hooks import (
+    Closure,
+    Phase,
+    StepContext,
+    check_number,
+    check_optimizers,
+    claim_sharpness,
+    release_sharpness,
+    rho_key,
+)
 from s2sam.sam.displacement import pieces, restore_
 from s2sam.sam.model_hooks import check_models
 from s2sam.sam.norms import all_finite, total_norm
@@ -89,13 +98,13 @@ class SAM:
         context.skip = not (self._finite and all_finite(context.gradients()))
 
     def _two_passes(self, closure: Closure) -> Any:
-        self._hooks.preview = any(float(group["rho"]) > 0 for group in self.optimizer.param_groups)
+        self._hooks.preview = any(self._rho(group) > 0 for group in self.optimizer.param_groups)
         try:
             loss = closure()
         finally:
             self._hooks.preview = False
         groups = [
-            (float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups
+            (self._rho(g), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups
         ]
         blocks = [(rho, ps) for rho, params in groups if rho > 0 for ps in by_kind(params)]
         self._finite = all_finite([p.grad for _, ps in blocks for p in ps if p.grad is not None])
@@ -105,6 +114,11 @@ class SAM:
         with self._displaced(blocks), self._frozen_buffers():
             closure()
         return loss
+
+    def _rho(self, group: dict[str, Any]) -> float:
+        """The radius of a group; the common one where a checkpoint of the plain optimizer has none."""
+        key = rho_key(self.optimizer)
+        return float(group.get(key, self.optimizer.defaults[key]))
 
     @contextmanager
     def _displaced(self, blocks: list[tuple[float, list[Tensor]]]) -> Iterator[None]:

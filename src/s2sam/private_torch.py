@@ -1,0 +1,70 @@
+"""What torch keeps to itself and this library needs, in one place; tests/test_private_torch.py has a canary for each.
+
+A canary fails when a new torch has renamed or changed the thing, before a user's weights show it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.utils import stateless
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+
+def is_tracing() -> bool:
+    """True while operations are recorded instead of computed, so that no training step can be under way.
+
+    That is torch.export, torch.jit.trace, make_fx, FakeTensorMode, functional tensors (AOTAutograd). Modes that only
+    watch real tensors, such as FlopCounterMode, do not count.
+    """
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Inside, operations on real tensors happen at once and are recorded by nobody.
+
+    Dispatch modes are off only where :func:`is_tracing` says that one of them records; torch.func transforms (vmap,
+    grad, jvp), which refuse to change tensors from outside themselves, are set aside always.
+    """
+    if not is_tracing():
+        if peek_interpreter_stack() is None:
+            yield
+        else:
+            with temporarily_clear_interpreter_stack():
+                yield
+        return
+    recording = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    try:
+        with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch._C.DisableTorchFunction():
+            yield
+    finally:
+        torch._C._set_tracing_state(recording)  # type: ignore[arg-type]
+
+
+def is_in_backward() -> bool:
+    """True while the autograd engine runs a backward on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_in_functional_call() -> bool:
+    """True inside `torch.func.functional_call`, which puts other tensors in the place of parameters for one call.
+
+    It walks the callers of this function, so ask only where something is odd already.
+    """
+    code, frame = stateless._functional_call.__code__, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
