@@ -28,7 +28,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -261,14 +261,14 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimi
 
 
 class _Bystanders:
-    """Other optimizers: one that steps on weights which S2SAM or a sparsifier looks after is told so before it moves them.
+    """Other optimizers: one that steps on weights which S2SAM or a sparsifier looks after is told so beforehand.
 
     It would move displaced weights, and bring pruned ones back to life. Torch calls :meth:`check` before the step of
     any optimizer; what was found is kept on it until somebody attaches or its parameters change.
     """
 
-    watched: weakref.WeakSet[StepHooks] = weakref.WeakSet()
-    changes = 0  #: how often the set above has changed
+    watched: ClassVar[weakref.WeakSet[StepHooks]] = weakref.WeakSet()
+    changes: ClassVar[int] = 0  #: how often the set above has changed
     _KEY = "_s2sam_bystander"
 
     @classmethod
@@ -329,6 +329,14 @@ def _make_inert() -> Callable[..., None]:
     return inert
 
 
+ONE_GRAPH = (
+    "s2sam moves weights around this forward, which a single graph cannot hold. Compile first and attach to what was "
+    "compiled: compiled = torch.compile(model, fullgraph=True); S2SAM(optimizer, model=compiled); or "
+    "model.compile(...) and then S2SAM(optimizer, model=model). For torch.export with strict=True export "
+    "copy.deepcopy(model)"
+)
+
+
 class WeakHook:
     """Calls `function(owner, module, ...)` while both still live and the caller is the module it was registered on.
 
@@ -338,7 +346,7 @@ class WeakHook:
     """
 
     def __init__(self, function: Callable[..., None], owner: object, module: nn.Module) -> None:
-        self._function: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        self._function: Callable[..., None] = torch.compiler.disable(function, reason=ONE_GRAPH)  # type: ignore[no-untyped-call]
         self._owner, self._module = weakref.ref(owner), weakref.ref(module)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -359,11 +367,6 @@ class WeakHook:
         )
 
 
-ONE_GRAPH = (
-    "s2sam moves weights around this forward, which a single graph cannot hold. Compile first and attach to what was "
-    "compiled: compiled = torch.compile(model, fullgraph=True); S2SAM(optimizer, model=compiled); or model.compile(...) "
-    "and then S2SAM(optimizer, model=model). For torch.export with strict=True export copy.deepcopy(model)"
-)
 WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # do not trace the lines above either
 WeakHook.__call__._torchdynamo_disable_msg = ONE_GRAPH  # type: ignore[attr-defined]
 
@@ -383,7 +386,7 @@ _RHO_KEY = "s2sam_rho_key"  #: where `defaults` of a claimed optimizer says whic
 
 
 def rho_key(optimizer: Optimizer) -> str:
-    """The key of the radius in this optimizer's param_groups: "rho", or "sam_rho" if "rho" is its own, as Adadelta's is.
+    """The key of the radius in this optimizer's param_groups: "rho", or "sam_rho" if it has a rho itself (Adadelta).
 
     >>> w = torch.nn.Parameter(torch.ones(1))
     >>> rho_key(torch.optim.SGD([w], lr=0.1)), rho_key(torch.optim.Adadelta([w]))

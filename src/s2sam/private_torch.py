@@ -29,6 +29,11 @@ def is_tracing() -> bool:
     return any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
 
 
+def is_transforming() -> bool:
+    """True inside a torch.func transform: vmap, grad, vjp, jvp, jacrev and the like."""
+    return peek_interpreter_stack() is not None
+
+
 @contextmanager
 def computing() -> Iterator[None]:
     """Inside, operations on real tensors happen at once and are recorded by nobody.
@@ -37,19 +42,19 @@ def computing() -> Iterator[None]:
     grad, jvp), which refuse to change tensors from outside themselves, are set aside always.
     """
     if not is_tracing():
-        if peek_interpreter_stack() is None:
+        if not is_transforming():
             yield
         else:
             with temporarily_clear_interpreter_stack():
                 yield
         return
     recording = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch._C.DisableTorchFunction():
             yield
     finally:
-        torch._C._set_tracing_state(recording)  # type: ignore[arg-type]
+        torch._C._set_tracing_state(recording)  # type: ignore[attr-defined]
 
 
 def is_in_backward() -> bool:

@@ -77,7 +77,7 @@ class GradientWatch:
         once = all(n == 1 for n in age)
         if not changed or (once and self._zeroed):
             return False
-        added = not float(largest(changed)) == 0
+        added = float(largest(changed)) != 0
         self._zeroed = once and not added
         return added
 

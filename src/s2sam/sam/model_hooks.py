@@ -59,41 +59,51 @@ class Places:
 
     def __init__(self, models: Sequence[nn.Module], parameters: Iterable[Tensor]) -> None:
         self._models = [weakref.ref(m) for m in models]
-        found = self._find({id(p) for p in parameters})
-        self._places = [(slots, key, slots[key]) for slots, key in found]
+        self._parameters: list[tuple[dict[str, Any], str, Tensor]] = []  #: where, key, what
+        self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []  #: the same of modules
+        self._find({id(p) for p in parameters})
 
-    def _find(self, wanted: set[int]) -> list[tuple[dict[str, Any], str]]:
-        """The first place of each parameter with one of these ids."""
-        found: dict[int, tuple[dict[str, Any], str]] = {}
+    def _find(self, wanted: set[int]) -> None:
+        """Remember the first place of each parameter with one of these ids, and all places of modules."""
+        found: dict[int, tuple[dict[str, Any], str, Tensor]] = {}
+        modules: list[tuple[dict[str, Any], str, nn.Module]] = []
         for module in [part for ref in self._models if (model := ref()) is not None for part in model.modules()]:
+            modules += [(module._modules, key, part) for key, part in module._modules.items() if part is not None]
             for key, p in module._parameters.items():
-                if id(p) in wanted:
-                    found.setdefault(id(p), (module._parameters, key))
-        return list(found.values())
+                if p is not None and id(p) in wanted:
+                    found.setdefault(id(p), (module._parameters, key, p))
+        self._parameters, self._modules = list(found.values()), modules
 
     def hold(self) -> bool:
         """True if the models hold the parameters; False inside a functional_call that puts other tensors there.
 
-        Cost: an identity check per parameter.
+        Cost: an identity check per parameter and module.
 
         Raises:
             RuntimeError: some have left the models for good.
         """
-        if all(slots.get(key) is p for slots, key, p in self._places):
-            return True
-        parameters = [p for _, _, p in self._places]
-        found = self._find({id(p) for p in parameters})
-        if len(found) == len(parameters):  # moved within the models, by torch.nn.utils.parametrize for instance
-            self._places = [(slots, key, slots[key]) for slots, key in found]
+        places = (*self._parameters, *self._modules)
+        if all(slots.get(key) is thing for slots, key, thing in places):
             return True
         if is_in_functional_call():
             return False
+        before = list(self._parameters)
+        self._find({id(p) for _, _, p in before})
+        missing = len(before) - len(self._parameters)
+        if not missing:  # moved within the models, by torch.nn.utils.parametrize for instance
+            return True
+        self._parameters = before
         raise RuntimeError(
-            f"S2SAM: {len(parameters) - len(found)} of {len(parameters)} parameters that its optimizer trains are no "
-            "longer in the model; something has put others in their place (fully_shard, model.to() with "
-            "torch.__future__.set_overwrite_module_params_on_conversion, a new layer). Call sam.remove(), build the "
-            "optimizer from model.parameters() as they are now, and attach again"
+            f"S2SAM: {missing} of {len(before)} parameters that its optimizer trains are no longer in the model; "
+            "something has put others in their place (fully_shard, model.to() with "
+            "torch.__future__.set_overwrite_module_params_on_conversion, load_state_dict(assign=True), a new layer). "
+            "Call sam.remove(), build the optimizer from model.parameters() as they are now, and attach again"
         )
+
+    def heirs(self) -> dict[int, Tensor]:
+        """What stands in the places of parameters that are no longer there, by the id of the old one."""
+        there = ((p, slots.get(key)) for slots, key, p in self._parameters)
+        return {id(p): q for p, q in there if q is not None and q is not p}
 
 
 class CompiledCall:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ def late(total_steps: int, start: float = 0.75, *, rho: float = 1.0) -> Schedule
         [0.0, 0.0, 0.1, 0.1]
     """
     first, radius = check_number("start", start, 0.0, 1.0) * _steps(total_steps), check_number("rho", rho)
-    return lambda step: radius * (step >= first)
+    return partial(_late, first, radius)
 
 
 def rising(total_steps: int, power: float = 1.0, *, rho: float = 1.0) -> Schedule:
@@ -40,7 +41,7 @@ def rising(total_steps: int, power: float = 1.0, *, rho: float = 1.0) -> Schedul
     total, radius = _steps(total_steps), check_number("rho", rho)
     if check_number("power", power) == 0:
         raise ValueError("power must be above 0")
-    return lambda step: radius * float(min(1.0, step / total) ** power)
+    return partial(_rising, total, power, radius)
 
 
 def like_lr(optimizer: Optimizer, *, rho: float = 1.0) -> Schedule:
@@ -113,6 +114,14 @@ def clean_growth(sparsifier: _Sparsifier, rho: float | Schedule = 1.0) -> Schedu
         return schedule(step) if callable(schedule) else schedule
 
     return radius
+
+
+def _late(first: float, radius: float, step: int) -> float:
+    return radius * (step >= first)
+
+
+def _rising(total: int, power: float, radius: float, step: int) -> float:
+    return radius * float(min(1.0, step / total) ** power)
 
 
 def _steps(total_steps: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2sam.detached import DetachedCopy
 from s2sam.hooks import (
     Closure,
     Phase,
@@ -23,7 +24,7 @@ from s2sam.hooks import (
     release_sharpness,
     step_hooks,
 )
-from s2sam.private_torch import computing, is_in_backward, is_tracing
+from s2sam.private_torch import computing, is_in_backward, is_tracing, is_transforming
 from s2sam.sam.blocks import Block, Flag, coefficients
 from s2sam.sam.directions import make_direction
 from s2sam.sam.guard import CLEAN_GRADIENT, MIXED_GRADIENTS, WRITTEN, complain
@@ -170,6 +171,12 @@ class S2SAM:
         """
         return cls(optimizer, model=model, rho=rho, **paper_options(rho, options))
 
+    def __reduce__(self) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        return DetachedCopy, (
+            "an S2SAM",
+            "call S2SAM(optimizer, model=model) on the copied model and optimizer, whose state_dict holds its state",
+        )
+
     def _attach(self, slot: Slot, hooks: StepHooks) -> None:
         hooks.run_closure = self._run_closure
         o = slot.optimizer
@@ -247,9 +254,19 @@ class S2SAM:
         if warn and any(slot.written() for slot in self._slots):
             warnings.warn(WRITTEN, stacklevel=2)
         self._looks.end()
+        self._clean_heirs()
         for slot in self._slots:
             if slot.open:
                 slot.restore(keep=True)
+
+    @torch.no_grad()
+    def _clean_heirs(self) -> None:
+        """Parameters that were copied from displaced ones and took their places (a conversion) get w, too."""
+        heirs = self._places.heirs() if any(slot.blocks for slot in self._slots) else {}
+        for p, b in (pair for slot in self._slots if heirs for k in slot.blocks for pair in zip(k.p, k.b, strict=True)):
+            q = heirs.get(id(p))
+            if type(q) is nn.Parameter and q.shape == p.shape and torch.equal(q.to(p.device), p.to(q.dtype)):
+                q.copy_(b)
 
     @contextmanager
     def displaced(self) -> Iterator[None]:
@@ -324,12 +341,18 @@ class S2SAM:
     # What the model hooks and the closure call
 
     def _enter_forward(self, module: nn.Module | None, clean: bool) -> None:
-        if is_tracing():  # recorded, not computed: no training step, and what is recorded is to hold w
+        if is_tracing() or (clean and is_transforming()):
+            # What is recorded is no training step, and is to hold w. A look at w inside a torch.func transform could
+            # not tell torch to keep w for the graph that it builds, so the window is closed there as well.
             with computing():
                 self.restore()
             self._looks.enter(module, clean=False)
             return
-        opens = not clean and self._places.hold()
+        try:
+            opens = not clean and self._places.hold()
+        except RuntimeError:
+            self.restore()
+            raise
         self._looks.enter(module, clean)
         if opens:
             self.displace()

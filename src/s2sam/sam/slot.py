@@ -141,16 +141,16 @@ class Slot:
             for p in block.p:
                 self.twins.pop(id(p), None)
         self.blocks, self.open, self._looking, self._tainted = blocks, True, False, False
-        self._remember_versions()
+        self._versions = self._versions_now()
         torch.clear_autocast_cache()
 
-    def _remember_versions(self) -> None:
-        self._versions = [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
+    def _versions_now(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
 
     def written(self) -> bool:
         """True if somebody has written to displaced parameters in place; new memory (`.to()`, a flattened RNN) is none."""
         if not (self._looking or self._tainted):
-            now = [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
+            now = self._versions_now()
             pairs = zip(self._versions, now, strict=True) if now != self._versions else ()
             self._tainted = any(new[0] != old[0] and new[1] == old[1] for old, new in pairs)
         return self._tainted
@@ -159,9 +159,11 @@ class Slot:
     def restore(self, *, keep: bool, flag: Flag | None = None) -> None:
         """Close the window: x -> w.
 
-        With `keep`, buffers keep x, so that the next window opens at the same x. With `flag` as well, only the device
-        knows whether that is needed: x goes into the gradients, worthless if it is, and comes back in :meth:`store`.
+        With `keep`, buffers keep x, so that the next window opens at the same x; not if somebody has written to x. With
+        `flag` as well, only the device knows whether that is needed: x goes into the gradients, worthless if it is, and
+        comes back in :meth:`store`.
         """
+        keep = keep and not self.written()
         for block in self.blocks:
             if keep and block.own:
                 pairs = list(zip(block.p, block.b, strict=True))
@@ -185,15 +187,20 @@ class Slot:
 
     @torch.no_grad()
     def peek(self) -> None:
-        """Show w for a moment, and x again at the second call.
+        """Show w for a moment, and x again at the second call; but if somebody has written to w meanwhile, no x.
 
         Works on `.data`, so a graph that waits for its backward meanwhile does not take this for a change of weights.
         """
-        self.written()  # what is written while w is shown is written to w, and no harm
+        self.written()
+        if (
+            self._looking and self._versions != self._versions_now()
+        ):  # w is another one now, and x does not belong to it
+            self.spent += [b for block in self.blocks if block.own for b in block.b]
+            self.blocks = []
         for block in self.blocks:
             swap_([p.data for p in block.p], block.b)
         self._looking = not self._looking
-        self._remember_versions()
+        self._versions = self._versions_now()
         torch.clear_autocast_cache()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2sam.detached import DetachedCopy
 from s2sam.hooks import (
     Closure,
     Phase,
@@ -84,6 +85,9 @@ class SAM:
         self._handle = self._hooks.register(Phase.CHECK, self._check)
         self._finite = True
 
+    def __reduce__(self) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        return DetachedCopy, ("a SAM", "call SAM(optimizer, model=model) on the copied model and optimizer")
+
     def remove(self) -> None:
         """Take everything off the optimizer again."""
         self._handle.remove()
@@ -103,9 +107,7 @@ class SAM:
             loss = closure()
         finally:
             self._hooks.preview = False
-        groups = [
-            (self._rho(g), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups
-        ]
+        groups = [(self._rho(g), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups]
         blocks = [(rho, ps) for rho, params in groups if rho > 0 for ps in by_kind(params)]
         self._finite = all_finite([p.grad for _, ps in blocks for p in ps if p.grad is not None])
         if not blocks or not self._finite:

@@ -1,0 +1,71 @@
+"""Canaries: each thing that torch keeps to itself still is what src/s2sam/private_torch.py takes it for."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from s2sam.private_torch import computing, is_in_backward, is_in_functional_call, is_tracing, is_transforming
+
+SEEN = []  # not on the module: torch.export puts back what a forward changes there
+
+
+class Probe(nn.Module):
+    """Writes down what it sees in its forward, and changes a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.count = [torch.zeros(3)]
+
+    def forward(self, x):
+        SEEN.append((is_tracing(), is_transforming(), is_in_functional_call()))
+        with computing(), torch.no_grad():
+            torch._foreach_add_(self.count, 1.0)
+        return x * self.weight
+
+
+def fake(probe, x):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        probe(torch.ones(3))
+
+
+def watched(probe, x):
+    with FlopCounterMode(display=False):
+        probe(x)
+
+
+SITUATIONS = {
+    "plain": (lambda probe, x: probe(x), (False, False, False)),
+    "export": (lambda probe, x: torch.export.export(probe, (x,)), (True, False, False)),
+    "jit.trace": (lambda probe, x: torch.jit.trace(probe, x, check_trace=False), (True, False, False)),
+    "make_fx": (lambda probe, x: make_fx(lambda y: probe(y))(x), (True, False, False)),
+    "fake": (fake, (True, False, False)),
+    "flop counter": (watched, (False, False, False)),
+    "vmap": (lambda probe, x: torch.func.vmap(probe)(x[None]), (False, True, False)),
+    "grad": (lambda probe, x: torch.func.grad(lambda y: probe(y).sum())(x), (False, True, False)),
+    "functional_call": (
+        lambda probe, x: torch.func.functional_call(probe, {"weight": torch.ones(3)}, (x,)), (False, False, True)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_what_a_forward_can_tell_and_do(name):
+    act, expected = SITUATIONS[name]
+    probe = Probe()
+    SEEN.clear()
+    act(probe, torch.ones(3))
+    assert SEEN[0] == expected
+    assert torch.equal(probe.count[0], torch.full((3,), float(len(SEEN))))  # real numbers have been added, each time
+
+
+def test_a_backward_is_known_from_inside():
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(is_in_backward()))
+    y.sum().backward()
+    assert seen == [True] and not is_in_backward()
