@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2sam.detached import DetachedCopy
 from s2sam.hooks import StepContext, WeakHook, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
 from s2sam.sparse.budget import Distribution, counts, descend
@@ -239,24 +240,6 @@ class Sparsifier(Measures):
             part.layers.follow_device()
             part.apply()
 
-    def verify(self) -> None:
-        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks; for all ranks."""
-        self.check_fit()
-        sync.check_same(self.masks)
-
-    def check_fit(self) -> None:
-        """Raise RuntimeError if there are no masks, or a pruned weight is not exactly 0. Asks no other rank."""
-        self.require_masks()
-        for part in self.parts:
-            part.layers.follow_device()
-        wrong = [name for part in self.parts for name in part.layers.misfits()]
-        if wrong:
-            raise RuntimeError(
-                f"the masks do not fit the weights: {len(wrong)} layers have pruned weights that are not 0 "
-                f"({', '.join(wrong[:3])}); load the weights and the sparsifier's state from one checkpoint, or call "
-                "sparsifier.apply() to prune the weights that are there"
-            )
-
     def missed_step(self, optimizer: Optimizer | None = None) -> None:
         """Count a step that never reached `optimizer.step()` (of that one; None = of all); nothing else happens.
 
@@ -310,6 +293,14 @@ class Sparsifier(Measures):
             part.remove()
         while self._handles:
             self._handles.pop().remove()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        """Pickles and deep copies hold a :class:`s2sam.detached.DetachedCopy`: hooks cannot be copied."""
+        return DetachedCopy, (
+            f"a sparsifier of method {self.method!r}",
+            f"call sparsify() on the copied model and optimizer with method={self.method!r} and init=False, and "
+            "load_state_dict() with what the original's state_dict() gives",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as bits, counters, the generator, and what is needed to report; loads with `weights_only=True`."""
@@ -381,11 +372,6 @@ class Sparsifier(Measures):
         """Read the number of active weights per layer from the masks."""
         for part in self.parts:
             part.kept = part.layers.kept()
-
-    def require_masks(self) -> None:
-        """Raise RuntimeError if there are no masks yet."""
-        if not self._ready:
-            raise RuntimeError("init=False: load the masks with sparsifier.load_state_dict(...) before the first step")
 
 
 def _weights_loaded(sparsifier: Sparsifier, module: nn.Module, *args: Any) -> None:

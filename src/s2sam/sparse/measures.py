@@ -1,4 +1,4 @@
-"""What a sparsifier tells of its masks: how sparse it is, where, and how far the topology has moved."""
+"""What a sparsifier tells of its masks: how sparse it is, where, how far the topology has moved, and what is wrong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from s2sam.sparse import sync
 from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.report import Report, make_report
 
@@ -19,6 +20,7 @@ class Measures:
     """Reads masks and weights, changes nothing."""
 
     parts: Sequence[Part]
+    _ready: bool  # whether there are masks
     entries: Sequence[Entry]
     weights: dict[str, Tensor]
     _initial: dict[str, Tensor]  # masks at the first step, and the union of all since; kept
@@ -66,3 +68,26 @@ class Measures:
         """The share of the prunable weights that were active at any time so far (R_s of arXiv:2102.02887)."""
         union = count_true(self._explored or self.masks)
         return sum(union.values()) / sum(w.numel() for w in self.weights.values())
+
+    def verify(self) -> None:
+        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks; for all ranks."""
+        self.check_fit()
+        sync.check_same(self.masks)
+
+    def check_fit(self) -> None:
+        """Raise RuntimeError if there are no masks, or a pruned weight is not exactly 0. Asks no other rank."""
+        self.require_masks()
+        for part in self.parts:
+            part.layers.follow_device()
+        wrong = [name for part in self.parts for name in part.layers.misfits()]
+        if wrong:
+            raise RuntimeError(
+                f"the masks do not fit the weights: {len(wrong)} layers have pruned weights that are not 0 "
+                f"({', '.join(wrong[:3])}); load the weights and the sparsifier's state from one checkpoint, or call "
+                "sparsifier.apply() to prune the weights that are there"
+            )
+
+    def require_masks(self) -> None:
+        """Raise RuntimeError if there are no masks yet."""
+        if not self._ready:
+            raise RuntimeError("init=False: load the masks with sparsifier.load_state_dict(...) before the first step")
