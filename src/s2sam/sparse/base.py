@@ -28,6 +28,7 @@ from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import NoOptions, check_steps
 from s2sam.sparse.part import Part
+from s2sam.sparse.places import Places, check_free, claim, release
 from s2sam.sparse.prunable import Entry, Patterns, discover, in_optimizers
 from s2sam.sparse.topk import choose
 
@@ -63,7 +64,7 @@ class Sparsifier(Measures):
     Raises:
         ValueError: an argument that cannot be used; the message says which and what would do.
 
-    Cost: one byte per prunable weight, two more once the topology has changed.
+    Cost: one byte per prunable weight, three more once the topology has changed.
     """
 
     method: ClassVar[str] = ""
@@ -71,6 +72,7 @@ class Sparsifier(Measures):
     placement: ClassVar[Literal["after", "replace"]] = "after"
     dense_state: bool = False  #: the optimizer state of pruned weights is left to the method
     needs_batches: ClassVar[bool] = False
+    zeroes_active: ClassVar[bool] = False  #: the method itself makes active weights 0, so that no one else need have
     default_distribution: ClassVar[str] = "erk"  #: what distribution="auto" means
 
     def __init__(
@@ -105,9 +107,14 @@ class Sparsifier(Measures):
         self.updates = 0  #: changes of the topology so far
         self._initial: dict[str, Tensor] = {}  # masks at the first step, and the union of all since; kept
         self._explored: dict[str, Tensor] = {}  # from the first change on
+        self._stayed: dict[str, Tensor] = {}  # and their intersection
+        self._blank: set[str] = set()  # layers that were 0 where active when they were attached
+        self._warned = False  # that something else has zeroed active weights
         self.optimizers = optimizers = check_optimizers(optimizer)
         self.entries = self.eligible(in_optimizers(discover(model, include, exclude), optimizers))
         self.weights = {e.name: e.parameter for e in self.entries if e.prunable}  #: the prunable ones
+        check_free(self.weights, optimizers)
+        self.places = Places(model, self.weights)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
         sync.share(self.generator)
         self._ready, self._unchecked, self._unshared = init, True, True
@@ -117,12 +124,14 @@ class Sparsifier(Measures):
             if init:
                 self._set_masks(self.initial_masks(model, sparsity, self.distribution, power_scale))
                 self.apply()
+            self._blank = self.mostly_zero() if init else self.all_zero()
         except BaseException:
             for one in optimizers:
                 step_hooks(one).retire()
             raise
         for part in self.parts:
             part.attach()
+        claim(self)
         self._handles: list[Any] = []
         for m in model.modules():
             load = WeakHook(_weights_loaded, self, m)
@@ -236,6 +245,7 @@ class Sparsifier(Measures):
 
     def apply(self) -> None:
         """Zero pruned weights and their optimizer state now, for instance after loading dense weights on purpose."""
+        self.check_places()
         for part in self.parts:
             part.layers.follow_device()
             part.apply()
@@ -289,6 +299,7 @@ class Sparsifier(Measures):
 
     def remove(self) -> None:
         """Take all hooks away; the weights stay as sparse as they are, and nothing keeps them so any longer."""
+        release(self)
         for part in self.parts:
             part.remove()
         while self._handles:
@@ -318,13 +329,13 @@ class Sparsifier(Measures):
     # -- what a part calls ------------------------------------------------------------------------------------------
 
     def check_ready(self) -> None:
-        """Before a step, once after weights or masks were loaded: they fit. One rank may load weights alone."""
-        if self._unchecked:
-            self.check_fit()
-            self._unchecked = False
+        """Before a step: the model holds the weights; once after a load, which one rank may do alone, they fit."""
+        self.check_places()
         if self._unshared:
-            sync.check_same(self.masks)
-            self._unshared = False
+            self.verify()
+        elif self._unchecked:
+            self.check_fit()
+        self._unchecked = self._unshared = False
 
     def change_topology(self, part: Part) -> None:
         """Replace the part's masks by :meth:`next_masks`, the same on every rank, and clear what is left behind."""
@@ -332,12 +343,14 @@ class Sparsifier(Measures):
         if not self._initial:
             self._initial = {name: mask.clone() for name, mask in self.masks.items()}
             self._explored = {name: mask.clone() for name, mask in self._initial.items()}
+            self._stayed = {name: mask.clone() for name, mask in self._initial.items()}
         old = {name: mask.clone() for name, mask in masks.items()}
         part.layers.set_(self.next_masks(part, part.step))
         sync.broadcast_masks(masks)
         part.change(masks, old)
         for name, mask in masks.items():
             self._explored[name] = self._explored[name].to(mask.device).logical_or_(mask)
+            self._stayed[name] = self._stayed[name].to(mask.device).logical_and_(mask)
         dropped = count_true({name: mask & ~masks[name] for name, mask in old.items()})
         grown = count_true({name: masks[name] & ~mask for name, mask in old.items()})
         part.kept = {name: part.kept[name] - dropped[name] + grown[name] for name in masks}

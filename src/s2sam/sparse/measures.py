@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from s2sam.sparse.report import Report, make_report
 
 if TYPE_CHECKING:
     from s2sam.sparse.part import Part
+    from s2sam.sparse.places import Places
     from s2sam.sparse.prunable import Entry
 
 
@@ -20,7 +22,12 @@ class Measures:
     """Reads masks and weights, changes nothing."""
 
     parts: Sequence[Part]
+    places: Places
+    zeroes_active: ClassVar[bool]
     _ready: bool  # whether there are masks
+    _stayed: dict[str, Tensor]  # active ever since, from the first change on
+    _blank: set[str]  # layers that were 0 where active when they were attached
+    _warned: bool
     entries: Sequence[Entry]
     weights: dict[str, Tensor]
     _initial: dict[str, Tensor]  # masks at the first step, and the union of all since; kept
@@ -46,11 +53,22 @@ class Measures:
         return {name: found[name] for name in self.weights}
 
     def sparsity(self) -> float:
-        """The share of the prunable weights that are pruned, measured: masked, and exactly 0 in the weights."""
-        return self.report().sparsity
+        """The share of the prunable weights that are pruned, measured: masked, and exactly 0 in the weights.
+
+        Warns once if most of the others are 0 too, see :meth:`verify`. Raises as :meth:`check_places`.
+        """
+        found = self.report().sparsity
+        if not self._warned and (told := self.zeroed_by_others()):
+            self._warned = True
+            warnings.warn(f"sparsity() counts masks, and {told}", stacklevel=2)
+        return found
 
     def report(self) -> Report:
-        """Every parameter: layer, shape, kept, sparsity, and why it is not prunable; `str()` of it is a table."""
+        """Every parameter: layer, shape, kept, not 0, sparsity, and why it is not prunable; `str()` of it is a table.
+
+        Raises as :meth:`check_places`.
+        """
+        self.check_places()
         return make_report(self.entries, self.masks)
 
     def density(self) -> dict[str, float]:
@@ -70,13 +88,23 @@ class Measures:
         return sum(union.values()) / sum(w.numel() for w in self.weights.values())
 
     def verify(self) -> None:
-        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks; for all ranks."""
-        self.check_fit()
-        sync.check_same(self.masks)
+        """Check masks and weights; call it on all ranks, and all raise what one of them finds.
+
+        Raises:
+            RuntimeError: a pruned weight is not exactly 0, most weights that were always active are, the model holds
+                other weights, or ranks disagree on the masks.
+        """
+        problem = None
+        try:
+            self.check_fit()
+        except RuntimeError as error:
+            problem = error
+        sync.check_same(self.masks, problem)
 
     def check_fit(self) -> None:
-        """Raise RuntimeError if there are no masks, or a pruned weight is not exactly 0. Asks no other rank."""
+        """As :meth:`verify`, but asks no other rank."""
         self.require_masks()
+        self.check_places()
         for part in self.parts:
             part.layers.follow_device()
         wrong = [name for part in self.parts for name in part.layers.misfits()]
@@ -86,6 +114,51 @@ class Measures:
                 f"({', '.join(wrong[:3])}); load the weights and the sparsifier's state from one checkpoint, or call "
                 "sparsifier.apply() to prune the weights that are there"
             )
+        if told := self.zeroed_by_others():
+            raise RuntimeError(told)
+
+    def check_places(self) -> None:
+        """Raise RuntimeError if the model holds other parameters in the place of those that are masked."""
+        if missing := self.places.missing():
+            raise RuntimeError(
+                f"the model no longer holds {len(missing)} of the {len(self.weights)} weights that this sparsifier "
+                f"masks, for instance {missing[0]!r}: a new layer, fully_shard or a conversion has put others in their "
+                "place; keep sparsifier.state_dict(), call sparsifier.remove(), build the optimizer from the "
+                "parameters that are there, and load the state into sparsify(..., init=False)"
+            )
+
+    def zeroed_by_others(self) -> str:
+        """A sentence if more than half of the weights that were active at all times are exactly 0; else "".
+
+        Layers that were 0 when they were attached do not count, nor do methods that zero active weights themselves.
+        """
+        held = {name: mask for name, mask in (self._stayed or self.masks).items() if name not in self._blank}
+        if self.zeroes_active or not held:
+            return ""
+        zero, total = (sum(found.values()) for found in self._zeros(held))
+        if 2 * zero <= total:
+            return ""
+        return (
+            f"{zero} of the {total} weights that were active at all times are exactly 0: something else has zeroed "
+            "them (weights that were sparse already got new masks, or another tool prunes this model); load weights "
+            "and masks from one checkpoint, or call sparsifier.remove() and sparsify() again with init='adopt'"
+        )
+
+    def mostly_zero(self) -> set[str]:
+        """The layers most of whose active weights are exactly 0."""
+        zero, total = self._zeros(self.masks)
+        return {name for name in total if 2 * zero[name] > total[name]}
+
+    def all_zero(self) -> set[str]:
+        """The layers whose weights are all exactly 0."""
+        nonzero = count_true({name: w.detach() != 0 for name, w in self.weights.items()})
+        return {name for name, n in nonzero.items() if n == 0}
+
+    def _zeros(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+        """How many of each layer's weights in the masks are 0, and how many these are; one host read."""
+        zero = {f"zero {n}": m.to(self.weights[n].device) & (self.weights[n].detach() == 0) for n, m in masks.items()}
+        found = count_true({**zero, **masks})
+        return {name: found[f"zero {name}"] for name in masks}, {name: found[name] for name in masks}
 
     def require_masks(self) -> None:
         """Raise RuntimeError if there are no masks yet."""

@@ -61,17 +61,22 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def check_same(masks: Mapping[str, Tensor]) -> None:
-    """Compare a digest of the masks over all ranks.
+def check_same(masks: Mapping[str, Tensor], problem: RuntimeError | None = None) -> None:
+    """Compare a digest of the masks over all ranks; a `problem` that one rank has found is raised on every rank.
 
     Raises:
-        RuntimeError: a rank has other masks than rank 0.
+        RuntimeError: a rank has other masks than rank 0, or a problem.
     """
-    if world_size() == 1:
-        return
-    digest = hashlib.sha256(b"".join(pack_bits(m).numpy().tobytes() for m in masks.values())).hexdigest()
-    digests: list[str] = [""] * world_size()
-    dist.all_gather_object(digests, digest)
-    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    found: list[tuple[str, str]] = [("", "" if problem is None else str(problem))]
+    if world_size() > 1:
+        digest = hashlib.sha256(b"".join(pack_bits(m).numpy().tobytes() for m in masks.values())).hexdigest()
+        mine, found = (digest, found[0][1]), found * world_size()
+        dist.all_gather_object(found, mine)
+    different = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
     if different:
         raise RuntimeError(f"the masks of ranks {different} differ from rank 0's; load one checkpoint on every rank")
+    if problem is not None:
+        raise problem
+    for rank, (_, sentence) in enumerate(found):
+        if sentence:
+            raise RuntimeError(f"rank {rank}: {sentence}")

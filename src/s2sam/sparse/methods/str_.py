@@ -84,6 +84,7 @@ class STR(GMP):
     """
 
     method = "str"
+    zeroes_active = True  # below their threshold, until the masks follow
     Options = STROptions
     options: STROptions
     default_distribution = "global"

@@ -1,0 +1,87 @@
+"""Where the masked weights stand in the model, and who masks them: one sparsifier, and weights that the model holds."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2sam.sparse.prunable import unwrap
+
+if TYPE_CHECKING:
+    from s2sam.sparse.base import Sparsifier
+
+_attached: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+
+
+class Places:
+    """The places of `weights` in `model`: the parameters of its modules, wherever a parametrization moves them.
+
+    Cost: a dictionary look-up for each weight and each module above one; a walk over the model if one does not fit.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self.model, self.weights = unwrap(model), weights
+        self._links: list[tuple[dict[str, Any], str, Any]] = []  # what a module holds under which name
+        self._walk()
+
+    def missing(self) -> list[str]:
+        """The names of the weights that the model no longer holds, anywhere."""
+        if all(table.get(key) is held for table, key, held in self._links):
+            return []
+        return self._walk()
+
+    def _walk(self) -> list[str]:
+        wanted = {id(w): name for name, w in self.weights.items()}
+        above: dict[int, tuple[nn.Module, str, nn.Module]] = {}
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        for module in self.model.modules():
+            for key, child in module._modules.items():
+                if child is not None:
+                    above.setdefault(id(child), (module, key, child))
+            for key, parameter in module._parameters.items():
+                if parameter is None or wanted.pop(id(parameter), None) is None:
+                    continue
+                links[id(module), key] = (module._parameters, key, parameter)
+                inner = module
+                while inner is not self.model:
+                    parent, name, inner = above[id(inner)]
+                    links[-id(parent), name] = (parent._modules, name, inner)
+                    inner = parent
+        if not wanted:
+            self._links = list(links.values())
+        return list(wanted.values())
+
+
+def check_free(weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError if another sparsifier masks one of the weights, or two of the optimizers hold it."""
+    held = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    for name, w in weights.items():
+        if sum(id(w) in ids for ids in held) > 1:
+            raise ValueError(
+                f"{name!r} is in two of the optimizers, and each would give it masks of its own; put every weight "
+                "into one optimizer"
+            )
+    if _taken(weights):
+        gc.collect()  # one whose optimizer is gone lives on in a circle of references
+        if _taken(weights):
+            raise ValueError("these weights are sparse already; call .remove() on their sparsifier before sparsify()")
+
+
+def claim(owner: Sparsifier) -> None:
+    """Note that `owner` masks its weights from now on."""
+    _attached.add(owner)
+
+
+def release(owner: Sparsifier) -> None:
+    """Note that `owner` masks nothing any longer."""
+    _attached.discard(owner)
+
+
+def _taken(weights: Mapping[str, Tensor]) -> bool:
+    ids = {id(w) for w in weights.values()}
+    return any(id(w) in ids for other in list(_attached) for w in other.weights.values())
