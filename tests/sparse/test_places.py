@@ -1,4 +1,4 @@
-"""A sparsifier whose model holds other weights says so; weights that have only moved are found; one masks each weight."""
+"""A sparsifier whose model holds other weights says so; weights that have only moved are found; each has one mask."""
 
 import gc
 import re

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from s2sam.detached import DetachedCopy
 from s2sam.hooks import StepContext, WeakHook, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
-from s2sam.sparse.budget import Distribution, counts, descend
+from s2sam.sparse.budget import Distribution
+from s2sam.sparse.layer_counts import LayerCounts
 from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
@@ -30,6 +31,7 @@ from s2sam.sparse.options import NoOptions, check_steps
 from s2sam.sparse.part import Part
 from s2sam.sparse.places import Places, check_free, claim, release
 from s2sam.sparse.prunable import Entry, Patterns, discover, in_optimizers
+from s2sam.sparse.start import Init, check_displaced, check_init, refuse_sparse, zeros_there
 from s2sam.sparse.topk import choose
 
 
@@ -42,13 +44,13 @@ class UpdateInfo:
     grown: dict[str, int]
 
 
-class Sparsifier(Measures):
+class Sparsifier(LayerCounts, Measures):
     """Sparse training of `model` with `optimizer`, or with a list of optimizers that share the model's weights.
 
     Args:
         model: whose weights become sparse; compiled and DDP-wrapped models count as the module inside.
         optimizer: a torch optimizer of any kind, or several; weights that none of them holds stay dense.
-        sparsity: the share of all prunable weights that is 0.
+        sparsity: the share of all prunable weights that is 0; with init="adopt" None means the one that is there.
         distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity},
             "global", by the scores over all layers together, or "auto", what the method's authors do: "global" for
             snip, grasp, synflow, lt, ac-dc and str, else "erk".
@@ -58,7 +60,12 @@ class Sparsifier(Measures):
         generator: a CPU `torch.Generator` for all draws, which takes over the state of rank 0's; by default a new one
             with rank 0's `torch.initial_seed()`.
         include, exclude: patterns, see :func:`s2sam.sparse.prunable.discover`.
-        init: False leaves weights alone and expects :meth:`load_state_dict` before the first step.
+        init: True prunes now, and refuses weights that this would prune a second time: if at least 10 % of those that
+            the new masks keep are exactly 0, in layers that are not entirely 0. "adopt" takes the masks from the zeros
+            that are there (rank 0's); each layer keeps its own share, and `distribution` is not used. Methods that
+            prune on to a higher `sparsity` (gmp, granet, str, mest) grow nothing back where their plan begins denser,
+            and thin all layers alike; any other needs the sparsity that is there. False leaves weights alone and
+            expects :meth:`load_state_dict` before the first step. "anew" prunes whatever is there.
         options: the method's own.
 
     Raises:
@@ -72,6 +79,8 @@ class Sparsifier(Measures):
     placement: ClassVar[Literal["after", "replace"]] = "after"
     dense_state: bool = False  #: the optimizer state of pruned weights is left to the method
     needs_batches: ClassVar[bool] = False
+    gradual: ClassVar[bool] = False  #: prunes on to its sparsity from whatever lower one init="adopt" finds
+    cannot_adopt: ClassVar[str] = ""  #: why init="adopt" has no meaning
     zeroes_active: ClassVar[bool] = False  #: the method itself makes active weights 0, so that no one else need have
     default_distribution: ClassVar[str] = "erk"  #: what distribution="auto" means
 
@@ -80,7 +89,7 @@ class Sparsifier(Measures):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        sparsity: float,
+        sparsity: float | None,
         distribution: Distribution = "auto",
         power_scale: float = 1.0,
         total_steps: int | None = None,
@@ -89,7 +98,7 @@ class Sparsifier(Measures):
         generator: torch.Generator | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
-        init: bool = True,
+        init: Init = True,
         **options: Any,
     ) -> None:
         self.options: Any = self._read_options(options)
@@ -99,7 +108,11 @@ class Sparsifier(Measures):
             warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
         if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
             raise ValueError("generator must be a CPU torch.Generator, so that every device and rank draws the same")
-        self._final_sparsity, self.power_scale = sparsity, power_scale
+        init = check_init(init, sparsity)
+        if init == "adopt" and distribution not in ("auto", "global"):
+            warnings.warn("init='adopt' takes each layer's share as it is; distribution is not used", stacklevel=2)
+        self._final_sparsity, self.power_scale = sparsity, power_scale  # type: ignore[assignment]  # set by begin()
+        self.adopted: dict[str, int] = {}  #: active weights per layer that init="adopt" has found
         self.distribution: Distribution = self.default_distribution if distribution == "auto" else distribution
         self.level = self.levels = 0  #: of trainings that follow one another: this one's number, and the last one's
         self.frozen = False
@@ -117,12 +130,20 @@ class Sparsifier(Measures):
         self.places = Places(model, self.weights)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
         sync.share(self.generator)
-        self._ready, self._unchecked, self._unshared = init, True, True
+        self._ready, self._unchecked, self._unshared = init is not False, True, True
         try:
             self.parts = self._split(optimizers)
-            self.check_options()
             if init:
-                self._set_masks(self.initial_masks(model, sparsity, self.distribution, power_scale))
+                check_displaced(self, "sparsify()")
+            present = zeros_there(self) if init == "adopt" else {}
+            self.check_options()
+            if init == "adopt":
+                self._set_masks(self.adopt(model, present))
+            elif init:
+                self._set_masks(self.initial_masks(model, self.final_sparsity, self.distribution, power_scale))
+            if init is True:
+                refuse_sparse(self)
+            if init:
                 self.apply()
             self._blank = self.mostly_zero() if init else self.all_zero()
         except BaseException:
@@ -196,33 +217,15 @@ class Sparsifier(Measures):
         budget = self.budget(sparsity, distribution, power_scale)
         return self.pick(self.initial_scores(model), budget, at_least=self.min_per_layer)
 
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks at the start for init="adopt", from where weights are not 0. Default: just there."""
+        return present
+
     def pick(
         self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1
     ) -> dict[str, Tensor]:
         """Masks of the largest scores, as :func:`s2sam.sparse.topk.choose`; a method may choose several at once."""
         return choose(given, budget, at_least=at_least)
-
-    def budget(self, sparsity: float, distribution: Distribution, power_scale: float = 1.0) -> int | dict[str, int]:
-        """How many weights to keep: in all together for "global", else in each layer."""
-        if distribution == "global":
-            return sum(counts(self.shapes, sparsity, "uniform").values())
-        return counts(self.shapes, sparsity, distribution, power_scale=power_scale)
-
-    def budgets(self, sparsities: Sequence[float]) -> list[int | dict[str, int]]:
-        """How many weights to keep at rising sparsities, the last of which is the target: no layer ever gains one."""
-        if self.distribution == "global":
-            return [self.budget(s, "global") for s in sparsities]
-        return list(descend(self.shapes, sparsities, self.distribution, power_scale=self.power_scale))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What budgets are made from: the shape of each prunable weight."""
-        return {name: tuple(w.shape) for name, w in self.weights.items()}
-
-    @property
-    def min_per_layer(self) -> int:
-        """How many weights a "global" choice leaves each layer at least."""
-        return 1
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 
@@ -246,6 +249,7 @@ class Sparsifier(Measures):
     def apply(self) -> None:
         """Zero pruned weights and their optimizer state now, for instance after loading dense weights on purpose."""
         self.check_places()
+        check_displaced(self, "sparsifier.apply()")
         for part in self.parts:
             part.layers.follow_device()
             part.apply()
@@ -277,8 +281,8 @@ class Sparsifier(Measures):
             RuntimeError: the weights are displaced by S2SAM.
         """
         late = [] if self.frozen else [part for part in self.parts if self.behind(part)]
-        if any(getattr(step_hooks(part.optimizer).sharpness, "is_displaced", False) for part in late):
-            raise RuntimeError("the weights are displaced; call sam.restore() before sparsifier.catch_up()")
+        if late:
+            check_displaced(self, "sparsifier.catch_up()")
         self.check_ready()
         for part in late:
             part.layers.follow_device()

@@ -135,7 +135,7 @@ class Measures:
         held = {name: mask for name, mask in (self._stayed or self.masks).items() if name not in self._blank}
         if self.zeroes_active or not held:
             return ""
-        zero, total = (sum(found.values()) for found in self._zeros(held))
+        zero, total = (sum(found.values()) for found in self.zeros_in(held))
         if 2 * zero <= total:
             return ""
         return (
@@ -146,7 +146,7 @@ class Measures:
 
     def mostly_zero(self) -> set[str]:
         """The layers most of whose active weights are exactly 0."""
-        zero, total = self._zeros(self.masks)
+        zero, total = self.zeros_in(self.masks)
         return {name for name in total if 2 * zero[name] > total[name]}
 
     def all_zero(self) -> set[str]:
@@ -154,7 +154,7 @@ class Measures:
         nonzero = count_true({name: w.detach() != 0 for name, w in self.weights.items()})
         return {name for name, n in nonzero.items() if n == 0}
 
-    def _zeros(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    def zeros_in(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
         """How many of each layer's weights in the masks are 0, and how many these are; one host read."""
         zero = {f"zero {n}": m.to(self.weights[n].device) & (self.weights[n].detach() == 0) for n, m in masks.items()}
         found = count_true({**zero, **masks})

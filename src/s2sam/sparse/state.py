@@ -37,6 +37,7 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
         "initial": _pack(sparsifier._initial),
         "explored": _pack(sparsifier._explored),
         "stayed": _pack(sparsifier._stayed),
+        "adopted": dict(sparsifier.adopted),
         "blank": sorted(sparsifier._blank),
         "generator": sparsifier.generator.get_state(),
         "extra": copy.deepcopy(sparsifier.extra_state()),
@@ -75,6 +76,9 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
     explored = _unpack(sparsifier, saved["explored"]) if saved["explored"] else {}
     both = {name: initial[name] & mask for name, mask in masks.items()} if initial else {}  # older states have no more
     stayed = _unpack(sparsifier, saved["stayed"]) if saved.get("stayed") else both
+    if (adopted := dict(saved.get("adopted", {}))) != sparsifier.adopted:  # plans are made from these counts
+        sparsifier.adopted = adopted
+        sparsifier.check_options()
     sparsifier.load_extra_state(saved["extra"])
     sparsifier.generator.set_state(saved["generator"])
     for part, step in zip(sparsifier.parts, saved["steps"], strict=True):

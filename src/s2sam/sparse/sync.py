@@ -61,6 +61,14 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def largest(value: float) -> float:
+    """The largest value of all ranks."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return max(found)
+
+
 def check_same(masks: Mapping[str, Tensor], problem: RuntimeError | None = None) -> None:
     """Compare a digest of the masks over all ranks; a `problem` that one rank has found is raised on every rank.
 

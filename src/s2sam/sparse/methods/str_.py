@@ -125,6 +125,10 @@ class STR(GMP):
         sync.broadcast(self.theta.values())
         return self._choose(list(self.weights), 0)
 
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The largest |w|, as many as there are, or as the plan leaves; theta of the others stays at 0."""
+        return self.initial_masks(model, self.final_sparsity, self.distribution, self.power_scale)
+
     def soft(self, part: Part, name: str) -> Tensor:
         """S(theta, s) on the mask, in the weight's dtype."""
         shrunk = soft_threshold(self.theta[name], self.s[name])
