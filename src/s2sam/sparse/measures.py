@@ -6,15 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2sam.sparse import sync
 from s2sam.sparse.masks import counts as count_true
+from s2sam.sparse.places import Places, mask_copy
 from s2sam.sparse.report import Report, make_report
 
 if TYPE_CHECKING:
     from s2sam.sparse.part import Part
-    from s2sam.sparse.places import Places
     from s2sam.sparse.prunable import Entry
 
 
@@ -86,6 +86,39 @@ class Measures:
         """The share of the prunable weights that were active at any time so far (R_s of arXiv:2102.02887)."""
         union = count_true(self._explored or self.masks)
         return sum(union.values()) / sum(w.numel() for w in self.weights.values())
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """Zero in another model, an average or a copy of the one that is trained, what is pruned there; it is returned.
+
+        An average (torch's AveragedModel) of a method that moves its masks is denser than the network, as it remembers
+        weights that were dropped. Call this before it is evaluated or saved, or after each of its updates. Parameters
+        are found by name, inside AveragedModel, DDP and compiled wrappers; buffers stay as they are.
+
+        >>> import torch
+        >>> from s2sam import sparsify
+        >>> net = nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> moving = sparsify(net, optimizer, method="set", sparsity=0.75, delta_t=1)
+        >>> ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+        >>> for _ in range(6):
+        ...     net(torch.randn(4, 8)).square().sum().backward()
+        ...     optimizer.step()
+        ...     ema.update_parameters(net)
+        >>> int((ema.module.weight != 0).sum()) > 16, int((moving.apply_to(ema).module.weight != 0).sum())
+        (True, 16)
+
+        Raises:
+            ValueError: the model's parameters have other names or shapes, or are the trained ones; nothing is changed.
+            RuntimeError: there are no masks yet.
+        """
+        self.require_masks()
+        weights, masks = self.held()
+        mask_copy(model, weights, masks)
+        return model
+
+    def held(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All parameters that are masked, and their masks, by name."""
+        return dict(self.weights), self.masks
 
     def verify(self) -> None:
         """Check masks and weights; call it on all ranks, and all raise what one of them finds.

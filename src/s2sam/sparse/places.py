@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -70,6 +71,55 @@ def check_free(weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -
         gc.collect()  # one whose optimizer is gone lives on in a circle of references
         if _taken(weights):
             raise ValueError("these weights are sparse already; call .remove() on their sparsifier before sparsify()")
+
+
+@torch.no_grad()
+def mask_copy(model: nn.Module, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Zero the parameters of `model`, a copy of the network that holds `weights`, where `masks` are False.
+
+    Raises:
+        ValueError: it has no such parameters, of other shapes, sharded ones, or these very weights; nothing is changed.
+    """
+    found = _matching(model, masks)
+    live = {w.untyped_storage().data_ptr() for w in weights.values() if w.device.type != "meta"}
+    for name, mask in masks.items():
+        p = found[name]
+        if hasattr(p, "placements"):
+            raise ValueError(f"{name!r} of this model is sharded (DTensor), which sparse training does not support yet")
+        if p.shape != mask.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(p.shape)} in this model and {tuple(mask.shape)} in the one that is "
+                "trained; give a copy of that one"
+            )
+        if p.untyped_storage().data_ptr() in live:
+            raise ValueError(
+                f"{name!r} of this model is the weight that is trained, not a copy; call sparsifier.apply() for it"
+            )
+    for name, mask in masks.items():
+        found[name].mul_(mask.to(found[name].device))
+
+
+def _matching(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters of `model` by these names, as they are once wrappers around it are off."""
+    wanted, inner = {_bare(name): name for name in names}, model
+    while True:
+        inner = unwrap(inner)
+        here = {_bare(name): p for name, p in inner.named_parameters(remove_duplicate=False)}
+        if wanted.keys() <= here.keys():
+            return {name: here[bare] for bare, name in wanted.items()}
+        below = inner._modules.get("module")  # AveragedModel, and averages of other libraries
+        if below is None:
+            lacking = next(name for bare, name in wanted.items() if bare not in here)
+            raise ValueError(
+                f"this {type(model).__name__} has no parameter {lacking!r}; give a copy of the model that is trained, "
+                "or a wrapper that holds one as .module"
+            )
+        inner = below
+
+
+def _bare(name: str) -> str:
+    """Without what torch.compile of a part of the model puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def claim(owner: Sparsifier) -> None:
