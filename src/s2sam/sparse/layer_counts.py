@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,8 +14,8 @@ from s2sam.sparse.budget import Distribution, counts, descend, thin_on
 class LayerCounts:
     """Turns a sparsity into numbers of weights, by `distribution` or from the masks that init="adopt" has found."""
 
-    method: str
-    weights: Mapping[str, Tensor]
+    method: ClassVar[str]
+    weights: dict[str, Tensor]
     distribution: Distribution
     power_scale: float
     adopted: dict[str, int]  #: active weights per layer that init="adopt" has found

@@ -61,7 +61,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ("parameter", "layer", "shape", "kept", "nonzero", "of", "sparsity", "")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for r in self.rows:
             shape, numbers = "x".join(map(str, r.shape)), [str(n) for n in (r.kept, r.nonzero, r.numel)]
             lines.append((r.name, r.layer, shape, *numbers, f"{r.sparsity:.4f}", r.reason))
