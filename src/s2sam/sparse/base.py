@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2sam.detached import DetachedCopy
-from s2sam.hooks import StepContext, WeakHook, check_optimizers, step_hooks
+from s2sam.hooks import StepContext, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.layer_counts import LayerCounts
@@ -29,7 +29,7 @@ from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import NoOptions, check_steps
 from s2sam.sparse.part import Part
-from s2sam.sparse.places import Places, check_free, claim, release
+from s2sam.sparse.places import Places, check_free, claim, release, watch
 from s2sam.sparse.prunable import Entry, Patterns, discover, in_optimizers
 from s2sam.sparse.start import Init, check_displaced, check_init, refuse_sparse, zeros_there
 from s2sam.sparse.topk import choose
@@ -153,10 +153,7 @@ class Sparsifier(LayerCounts, Measures):
         for part in self.parts:
             part.attach()
         claim(self)
-        self._handles: list[Any] = []
-        for m in model.modules():
-            load = WeakHook(_weights_loaded, self, m)
-            self._handles.append(m.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
+        self._handles = watch(self, model, changes=type(self).due is not Sparsifier.due)
 
     # -- what a method overrides ------------------------------------------------------------------------------------
 
@@ -389,7 +386,3 @@ class Sparsifier(LayerCounts, Measures):
         """Read the number of active weights per layer from the masks."""
         for part in self.parts:
             part.kept = part.layers.kept()
-
-
-def _weights_loaded(sparsifier: Sparsifier, module: nn.Module, *args: Any) -> None:
-    sparsifier._unchecked = True  # the next step looks whether they fit the masks

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2sam.hooks import WeakHook
+from s2sam.private_torch import in_ddp_join
+from s2sam.sparse import sync
 from s2sam.sparse.prunable import unwrap
 
 if TYPE_CHECKING:
@@ -130,6 +133,37 @@ def claim(owner: Sparsifier) -> None:
 def release(owner: Sparsifier) -> None:
     """Note that `owner` masks nothing any longer."""
     _attached.discard(owner)
+
+
+def watch(owner: Sparsifier, model: nn.Module, *, changes: bool) -> list[Any]:
+    """Handles of hooks on the modules: weights that are loaded are checked, and DDP's join() is refused.
+
+    Args:
+        owner: whom the hooks tell.
+        model: on whose modules they are.
+        changes: whether its masks change in training, for which all ranks must take part.
+    """
+    handles: list[Any] = []
+    for module in model.modules():
+        load = WeakHook(_weights_loaded, owner, module)
+        handles.append(module.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
+    if changes and sync.world_size() > 1:
+        inner = unwrap(model)
+        handles.append(inner.register_forward_pre_hook(WeakHook(_refuse_join, owner, inner)))
+    return handles
+
+
+def _weights_loaded(owner: Sparsifier, module: nn.Module, *args: Any) -> None:
+    owner._unchecked = True  # the next step looks whether they fit the masks
+
+
+def _refuse_join(owner: Sparsifier, module: nn.Module, *args: Any) -> None:
+    if not owner.frozen and in_ddp_join():
+        raise RuntimeError(
+            f"method {owner.method!r} changes its masks on all ranks at once, and inside DDP's join() a rank whose "
+            "inputs have run out would take no part, so that the others wait for ever; give every rank as many "
+            "batches (drop_last), call sparsifier.freeze(), or use a fixed mask (method='static')"
+        )
 
 
 def _taken(weights: Mapping[str, Tensor]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,10 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace every tensor by its sum over all ranks, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            whole = tensor.contiguous()
+            dist.all_reduce(whole)
+            if whole is not tensor:
+                tensor.copy_(whole)
 
 
 @torch.no_grad()
@@ -58,7 +62,34 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     """Overwrite every tensor with rank 0's, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            whole = tensor.contiguous()
+            dist.broadcast(whole, src=0)
+            if whole is not tensor:
+                tensor.copy_(whole)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An exception that one rank meets inside is raised on all of them at the end: else the others wait for that rank.
+
+    Nothing inside may wait for another rank.
+
+    Raises:
+        ValueError: another rank has met an exception; the sentence is its own.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # raised below, once the others know
+        problem = error
+    found = [""] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, "" if problem is None else str(problem) or type(problem).__name__)
+    if problem is not None:
+        raise problem
+    for rank, sentence in enumerate(found):
+        if sentence:
+            raise ValueError(f"rank {rank}: {sentence}")
 
 
 def largest(value: float) -> float:
