@@ -129,6 +129,7 @@ class Sparsifier(LayerCounts, Measures):
         check_free(self.weights, optimizers)
         self.places = Places(model, self.weights)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
+        drawn = self.generator.get_state()
         sync.share(self.generator)
         self._ready, self._unchecked, self._unshared = init is not False, True, True
         try:
@@ -147,6 +148,7 @@ class Sparsifier(LayerCounts, Measures):
                 self.apply()
             self._blank = self.mostly_zero() if init else self.all_zero()
         except BaseException:
+            self.generator.set_state(drawn)
             for one in optimizers:
                 step_hooks(one).retire()
             raise
