@@ -81,6 +81,14 @@ def test_the_way_out_of_replaced_weights_keeps_the_masks():
     assert all(torch.equal(old[name], mask) for name, mask in sparsifier.masks.items())
 
 
+def test_weights_that_were_cut_into_shards_in_place_are_told():
+    net, optimizer, sparsifier = make()
+    net[2].weight.data = net[2].weight.data[:5].clone()  # as FSDP1 does with use_orig_params=True
+    for use in (sparsifier.sparsity, sparsifier.verify, optimizer.step):
+        with pytest.raises(RuntimeError, match=f"{GONE} 1 of the 3 weights.*'2.weight'.*FSDP"):
+            use()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_fully_shard_after_sparsify_is_told(alone):
     from torch.distributed.device_mesh import init_device_mesh

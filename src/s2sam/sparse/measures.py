@@ -156,8 +156,8 @@ class Measures:
         if missing := self.places.missing():
             raise RuntimeError(
                 f"the model no longer holds {len(missing)} of the {len(self.weights)} weights that this sparsifier "
-                f"masks, for instance {missing[0]!r}: a new layer, fully_shard or a conversion has put others in their "
-                "place; keep sparsifier.state_dict(), call sparsifier.remove(), build the optimizer from the "
+                f"masks, for instance {missing[0]!r}: a new layer, FSDP (fully_shard) or a conversion has put others in "
+                "their place; keep sparsifier.state_dict(), call sparsifier.remove(), build the optimizer from the "
                 "parameters that are there, and load the state into sparsify(..., init=False)"
             )
 
@@ -185,7 +185,8 @@ class Measures:
 
     def all_zero(self) -> set[str]:
         """The layers whose weights are all exactly 0."""
-        nonzero = count_true({name: w.detach() != 0 for name, w in self.weights.items()})
+        real = {name: w.detach() for name, w in self.weights.items() if w.device.type != "meta"}
+        nonzero = count_true({name: w != 0 for name, w in real.items()})
         return {name for name, n in nonzero.items() if n == 0}
 
     def zeros_in(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:

@@ -30,11 +30,15 @@ class Places:
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self.model, self.weights = unwrap(model), weights
+        self._shapes = {name: w.shape for name, w in weights.items()}
         self._links: list[tuple[dict[str, Any], str, Any]] = []  # what a module holds under which name
         self._walk()
 
     def missing(self) -> list[str]:
-        """The names of the weights that the model no longer holds, anywhere."""
+        """The names of the weights that the model no longer holds, anywhere, or that have another shape (FSDP1)."""
+        cut = [name for name, w in self.weights.items() if w.shape != self._shapes[name]]
+        if cut:
+            return cut
         if all(table.get(key) is held for table, key, held in self._links):
             return []
         return self._walk()

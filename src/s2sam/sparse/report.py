@@ -79,7 +79,9 @@ def make_report(entries: Sequence[Entry], masks: Mapping[str, Tensor]) -> Report
     """The report of a model's parameters under `masks`; pruned is what is masked *and* exactly 0 in the weights."""
     plain = {e.name: e.parameter.detach() for e in entries if not hasattr(e.parameter, "placements")}
     zero = {name: w == 0 for name, w in plain.items()}
-    pruned = {f"pruned {name}": zero[name] & ~mask for name, mask in masks.items() if name in zero}
+    pruned = {
+        f"pruned {name}": zero[name] & ~mask.to(zero[name].device) for name, mask in masks.items() if name in zero
+    }
     found = counts({**zero, **pruned})
     rows = []
     for e in entries:
