@@ -156,8 +156,8 @@ class Measures:
         if missing := self.places.missing():
             raise RuntimeError(
                 f"the model no longer holds {len(missing)} of the {len(self.weights)} weights that this sparsifier "
-                f"masks, for instance {missing[0]!r}: a new layer, FSDP (fully_shard) or a conversion has put others in "
-                "their place; keep sparsifier.state_dict(), call sparsifier.remove(), build the optimizer from the "
+                f"masks, for instance {missing[0]!r}: a new layer, FSDP (fully_shard) or a conversion has put others "
+                "in their place; keep sparsifier.state_dict(), call sparsifier.remove(), build the optimizer from the "
                 "parameters that are there, and load the state into sparsify(..., init=False)"
             )
 
