@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from s2sam.private_torch import computing, is_in_backward, is_in_functional_call, is_tracing, is_transforming
+from s2sam.private_torch import (
+    computing,
+    in_ddp_join,
+    is_fsdp1_parameter,
+    is_in_backward,
+    is_in_functional_call,
+    is_tracing,
+    is_transforming,
+)
 
 SEEN = []  # not on the module: torch.export puts back what a forward changes there
 
@@ -69,3 +78,38 @@ def test_a_backward_is_known_from_inside():
     y.register_hook(lambda _: seen.append(is_in_backward()))
     y.sum().backward()
     assert seen == [True] and not is_in_backward()
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_ddp_forward_knows_whether_join_is_on(alone):
+    seen = []
+    model = nn.Linear(2, 2)
+    model.register_forward_pre_hook(lambda *_: seen.append(in_ddp_join()))
+    ddp = nn.parallel.DistributedDataParallel(model)
+    x = torch.ones(1, 2)
+    model(x)
+    ddp(x)
+    with ddp.join():
+        ddp(x).sum().backward()
+    with ddp.join(enable=False):
+        ddp(x)
+    ddp(x)
+    assert seen == [False, False, True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("originals", [False, True])
+def test_parameters_of_fsdp1_are_known(alone, originals):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    plain = nn.Linear(2, 2)
+    assert not any(is_fsdp1_parameter(p) for p in plain.parameters())
+    model = FullyShardedDataParallel(nn.Linear(2, 2), use_orig_params=originals, device_id=torch.device("cpu"))
+    assert all(is_fsdp1_parameter(p) for p in model.parameters())

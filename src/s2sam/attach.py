@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from s2sam.sparse.base import Sparsifier
     from s2sam.sparse.budget import Distribution
     from s2sam.sparse.prunable import Patterns
+    from s2sam.sparse.start import Init
 
 
 def sparsify(
@@ -23,7 +24,7 @@ def sparsify(
     optimizer: Optimizer | Iterable[Optimizer],
     *,
     method: str | type[Sparsifier],
-    sparsity: float,
+    sparsity: float | None,
     distribution: Distribution = "auto",
     total_steps: int | None = None,
     batches: Iterable[Any] | None = None,
@@ -31,7 +32,7 @@ def sparsify(
     generator: torch.Generator | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    init: bool = True,
+    init: Init = True,
     **method_options: Any,
 ) -> Sparsifier:
     """Make the training of `model` with `optimizer` sparse from now on; the training loop does not change.

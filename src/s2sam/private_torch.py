@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import stateless
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
@@ -73,3 +75,14 @@ def is_in_functional_call() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def is_fsdp1_parameter(parameter: Tensor) -> bool:
+    """Whether FullyShardedDataParallel has flattened the parameter, or made it a view of a flat one."""
+    return bool(getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False))
+
+
+def in_ddp_join() -> bool:
+    """Whether a forward of DistributedDataParallel is under way inside `with model.join()`."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and bool(active._join_config.enable)

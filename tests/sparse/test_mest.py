@@ -34,7 +34,13 @@ def linear(sparsity=1 / 3, mask=MASK, weights=WEIGHTS, **options):
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weights).view(3, 4))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
-    options = {"total_steps": 8, "delta_t": 1, "phases": (0.5, 0.75), "generator": generator()} | options
+    options = {
+        "total_steps": 8,
+        "delta_t": 1,
+        "phases": (0.5, 0.75),
+        "generator": generator(),
+        "init": "anew",
+    } | options
     mest = sparsify(layer, optimizer, method="mest", sparsity=sparsity, **options)
     if mask is not None:
         set_masks(mest, {"weight": torch.tensor(mask, dtype=torch.bool).view(3, 4)})

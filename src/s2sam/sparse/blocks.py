@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.drop_grow import DropGrow
-from s2sam.sparse.geometry import block_grid, block_mask, block_scores, spread
+from s2sam.sparse.geometry import block_grid, block_mask, block_scores, is_blocks, spread
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import Entry
@@ -101,6 +101,16 @@ class InBlocks(Sparsifier):
     def target_sparsity(self, t: int) -> float:
         """The sparsity asked for, to the nearest block."""
         return super().target_sparsity(t) if self.block is None else self.meant
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0, if these are whole blocks."""
+        for name, there in present.items() if self.block else ():
+            if not is_blocks(there, self.block or ()):
+                raise ValueError(
+                    f"{name!r} has blocks of {self.block} that are 0 in part, so method {self.method!r} cannot adopt "
+                    "it; choose another block, or prune with init='anew'"
+                )
+        return super().adopt(model, present)
 
     def pick(
         self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1

@@ -40,11 +40,6 @@ class Part:
         self._handles: list[Handle] = []
         if any(group.get("eps") == 0 for group in optimizer.param_groups):
             raise ValueError("eps=0 makes the update of a pruned weight 0 / 0; give the optimizer an eps above 0")
-        hooks = step_hooks(optimizer)
-        others = [getattr(function, "__self__", None) for function in hooks.gradient_masks]
-        taken = {id(w) for other in others if isinstance(other, Part) for w in other.layers.weights.values()}
-        if any(id(w) in taken for w in weights.values()):
-            raise ValueError("these weights are sparse already; call .remove() on their sparsifier before sparsify()")
 
     def attach(self) -> None:
         """Register the phases."""

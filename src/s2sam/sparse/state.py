@@ -36,6 +36,9 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
         "masks": _pack(sparsifier.masks),
         "initial": _pack(sparsifier._initial),
         "explored": _pack(sparsifier._explored),
+        "stayed": _pack(sparsifier._stayed),
+        "adopted": dict(sparsifier.adopted),
+        "blank": sorted(sparsifier._blank),
         "generator": sparsifier.generator.get_state(),
         "extra": copy.deepcopy(sparsifier.extra_state()),
     }
@@ -71,6 +74,11 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
     masks = _unpack(sparsifier, saved["masks"])
     initial = _unpack(sparsifier, saved["initial"]) if saved["initial"] else {}
     explored = _unpack(sparsifier, saved["explored"]) if saved["explored"] else {}
+    both = {name: initial[name] & mask for name, mask in masks.items()} if initial else {}  # older states have no more
+    stayed = _unpack(sparsifier, saved["stayed"]) if saved.get("stayed") else both
+    if (adopted := dict(saved.get("adopted", {}))) != sparsifier.adopted:  # plans are made from these counts
+        sparsifier.adopted = adopted
+        sparsifier.check_options()
     sparsifier.load_extra_state(saved["extra"])
     sparsifier.generator.set_state(saved["generator"])
     for part, step in zip(sparsifier.parts, saved["steps"], strict=True):
@@ -80,7 +88,8 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
         mask.copy_(masks[name])
     sparsifier.count_kept()
     sparsifier.frozen, sparsifier.updates, sparsifier.last_update = saved["frozen"], saved["updates"], None
-    sparsifier._initial, sparsifier._explored = initial, explored
+    sparsifier._initial, sparsifier._explored, sparsifier._stayed = initial, explored, stayed
+    sparsifier._blank = set(saved["blank"]) if "blank" in saved else sparsifier.all_zero()
 
 
 def _check_shapes(sparsifier: Sparsifier, shapes: Mapping[str, Any]) -> None:

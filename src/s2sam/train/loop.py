@@ -196,7 +196,7 @@ class Trainer:
         """If the masks have changed, the averaged weights follow; and a record of it, if it is due."""
         log, ema = self.topology, self.state.ema
         if log is not None and log.changed() and ema is not None:
-            ema.mask(log.sparsifier.masks)
+            log.sparsifier.apply_to(ema.module)
         record = None if log is None else log.record(self.state.step)
         if record is not None:
             self.log.scalars(record)

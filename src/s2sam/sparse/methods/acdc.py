@@ -74,6 +74,7 @@ class ACDC(Scheduled):
     """
 
     method = "ac-dc"
+    cannot_adopt = "it begins dense and chooses its masks later"
     Options = ACDCOptions
     options: ACDCOptions
     default_distribution = "global"

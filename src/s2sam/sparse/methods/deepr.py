@@ -58,6 +58,7 @@ class DeepR(Sparsifier):
     """
 
     method = "deepr"
+    zeroes_active = True  # until the next draw
     Options = DeepROptions
     options: DeepROptions
 

@@ -98,7 +98,7 @@ class GMP(InBlocks, Scheduled):
             )
         self.grid = [t for t in range(o.delta_t, self.end, o.delta_t) if t > start] + [self.end]
         curve = Cubic(o.initial_sparsity, final, start, self.end)
-        self.sparsities = [o.initial_sparsity] + [curve(t) for t in self.grid]
+        self.sparsities = [max(self.there, s) for s in (o.initial_sparsity, *map(curve, self.grid))]
         self.plan = self.budgets(self.sparsities)
 
     def target_sparsity(self, t: int) -> float:

@@ -75,6 +75,7 @@ class LT(Sparsifier):
     """
 
     method = "lt"
+    cannot_adopt = "its first training is dense"
     default_distribution = "global"
     Options = LTOptions
     options: LTOptions

@@ -90,7 +90,8 @@ class SRigL(RigL):
         self.fan = {name: w.numel() // len(w) for name, w in self.weights.items()}
         spread = "uniform" if self.distribution == "global" else self.distribution
         shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
-        self.aim = counts(shapes, self.final_sparsity, spread, power_scale=self.power_scale)
+        drawn = {} if self.adopted else counts(shapes, self.final_sparsity, spread, power_scale=self.power_scale)
+        self.aim = dict(self.adopted) or drawn
 
     def target_sparsity(self, t: int) -> float:
         """That of neurons with equal fan-ins; `t` makes no difference."""
@@ -120,6 +121,17 @@ class SRigL(RigL):
                 chosen = topk_mask(draw.flatten(1).amax(1), rows[name], check=False)
                 masks[name] = per_row(draw, inputs[name]) & _wide(chosen, draw)
         return masks
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0, if the neurons of a layer that have any have equally many."""
+        for name, there in present.items():
+            inputs = there.flatten(1).sum(1)
+            if not bool((inputs[inputs > 0] == inputs.max()).all()):
+                raise ValueError(
+                    f"the neurons of {name!r} have different numbers of inputs, so method 'srigl' cannot adopt it; "
+                    "adopt it with another method, such as 'rigl', or prune with init='anew'"
+                )
+        return present
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """What is left of each layer's neurons, and their inputs."""

@@ -58,6 +58,7 @@ class TopKAST(Reserve):
     """
 
     method = "top-kast"
+    cannot_adopt = "it chooses among weights outside the network, too, and of these a sparse model holds none"
     Options = TopKASTOptions
     options: TopKASTOptions
 
