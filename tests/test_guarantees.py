@@ -110,7 +110,7 @@ def equal(net: nn.Module, w: dict[str, torch.Tensor]) -> bool:
     return found.keys() == w.keys() and all(torch.equal(found[name].to(w[name].dtype), w[name]) for name in w)
 
 
-# ------------------------------------------------------------------------------------------------- export and tracing
+# --------------------------------------------------------------------------------------------------- export and tracing
 
 
 def holds_w(world, state) -> bool:
@@ -208,7 +208,7 @@ def _(world):
     assert flops.get_total_flops() == 2 * 4 * (6 * 16 + 16 * 8 + 8 * 3)
 
 
-# --------------------------------------------------------------------------------------------------- torch.func, autograd
+# ------------------------------------------------------------------------------------------------- torch.func, autograd
 
 
 @row("torch.func.grad, vmap, jacrev, jvp over inputs")
@@ -314,7 +314,7 @@ def _(world):
         world.optimizer.zero_grad()
 
 
-# --------------------------------------------------------------------------------------------------------------- compile
+# -------------------------------------------------------------------------------------------------------------- compile
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +365,7 @@ def _(world):
         world.net._compiled_call_impl = None
 
 
-# -------------------------------------------------------------------------------------------- precision, devices, storage
+# ------------------------------------------------------------------------------------------ precision, devices, storage
 
 
 @row("autocast to bfloat16", states=("closed",))
@@ -544,7 +544,7 @@ def _(world):
     world.optimizer.add_param_group({"params": [extra]})
 
 
-# ----------------------------------------------------------------------------------------------- copies, averages, wrappers
+# ------------------------------------------------------------------------------------------- copies, averages, wrappers
 
 
 @row("copy.deepcopy and pickle of the model, inside `with sam.clean():`")
@@ -632,7 +632,7 @@ def _(world):
     world.backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------- the test
+# ------------------------------------------------------------------------------------------------------------- the test
 
 CASES = [(name, state) for name, one in ROWS.items() for state in one.states]
 

@@ -19,7 +19,7 @@ from s2sam.sam.rho import late, rising
 RHO = 0.3
 
 
-# ------------------------------------------------------------------------------------------------- mixed accumulations
+# -------------------------------------------------------------------------------------------------- mixed accumulations
 
 
 class Outer(nn.Module):
@@ -84,7 +84,8 @@ LOOPS = {
     "zero before the forward": lambda module, optimizer, batch: (
         optimizer.zero_grad(), backward(module, batch), optimizer.step()),
     "zero between forward and backward": lambda module, optimizer, batch: (
-        (loss := F.cross_entropy(module(batch[0]), batch[1])), optimizer.zero_grad(), loss.backward(), optimizer.step()),
+        (loss := F.cross_entropy(module(batch[0]), batch[1])), optimizer.zero_grad(), loss.backward(),
+        optimizer.step()),
     "zero in place before the forward": lambda module, optimizer, batch: (
         optimizer.zero_grad(set_to_none=False), backward(module, batch), optimizer.step()),
     "zero in place between": lambda module, optimizer, batch: (
@@ -120,7 +121,7 @@ def test_every_loop_is_told_of_a_mixed_step(loop):
         module(batches[5][0])
 
 
-# ---------------------------------------------------------------------------------------------------- other optimizers
+# ----------------------------------------------------------------------------------------------------- other optimizers
 
 
 @pytest.mark.parametrize("kind", [S2SAM, SAM])
@@ -185,7 +186,7 @@ def test_what_nobody_holds_any_longer_stops_nobody():
     assert gone() is None and sam.step == 1
 
 
-# ------------------------------------------------------------------------------------------------ keys of param_groups
+# ------------------------------------------------------------------------------------------------- keys of param_groups
 
 
 def adadelta(net):
@@ -285,12 +286,12 @@ def test_sam_takes_a_checkpoint_of_the_plain_optimizer():
     assert optimizer.step(closure).isfinite()
 
 
-# ------------------------------------------------------------------------------------------------------ tiny gradients
+# ------------------------------------------------------------------------------------------------------- tiny gradients
 
 
 @pytest.mark.parametrize(("size", "promised"), [(1e-3, True), (1e-16, True), (1e-25, False), (0.0, False)])
 def test_the_radius_is_kept_down_to_gradient_norms_of_1e_18(size, promised):
-    """Below that the squares of fp32 numbers underflow: e is then shorter than rho, in the same direction, never NaN."""
+    """Below that the squares of fp32 numbers underflow: e is shorter than rho, in the same direction, never NaN."""
     w = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([w], lr=0.0)
     sam = S2SAM(optimizer, rho=RHO)

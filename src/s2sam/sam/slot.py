@@ -148,7 +148,7 @@ class Slot:
         return [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
 
     def written(self) -> bool:
-        """True if somebody has written to displaced parameters in place; new memory (`.to()`, a flattened RNN) is none."""
+        """True if somebody has written to displaced parameters; new memory (`.to()`, a flattened RNN) does not count."""
         if not (self._looking or self._tainted):
             now = self._versions_now()
             pairs = zip(self._versions, now, strict=True) if now != self._versions else ()
