@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s2sam.hooks import WeakHook
+from s2sam.sam.sharded import address
 
 
 class WindowOwner(Protocol):
@@ -41,7 +42,7 @@ def _save_clean(owner: WindowOwner, module: nn.Module, state: dict[str, Any], pr
         for key, value in state.items():
             if not torch.is_tensor(value):
                 continue
-            p, w = displaced.get(value.data_ptr(), (None, None))
+            p, w = displaced.get(address(value), (None, None))
             # keep_vars=True asks for the parameter itself
             if p is not None and w is not None and value is not p and key.startswith(prefix) and value.shape == p.shape:
                 state[key] = w.detach().clone()

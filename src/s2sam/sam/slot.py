@@ -6,7 +6,7 @@ move in place: wherever they do here, those copies are cleared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,15 @@ from s2sam.sam.displacement import choose_, copy_unless_, displace_, reopen_, re
 from s2sam.sam.norms import constant, real
 from s2sam.sam.scales import Scale
 from s2sam.sam.scope import Scope
+from s2sam.sam.sharded import (
+    check_placements,
+    gathered_copies,
+    has_shards,
+    is_sharded,
+    local,
+    placed_like,
+    refuse_inside_forward,
+)
 
 STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds
 
@@ -106,27 +115,45 @@ class Slot:
                 block.b.append(b)
                 if not self.direction.own:
                     block.d.append(d)
+        for block in blocks.values():
+            block.sharded = has_shards(block.p)
+        self._check_shards([block for block in blocks.values() if block.sharded])
         return list(blocks.values())
+
+    def _check_shards(self, blocks: list[Block]) -> None:
+        """Make buffers and directions of sharded parameters lie as these do, or raise, before a weight has moved."""
+        parameters = [p for block in blocks for p in block.p]
+        if not parameters:
+            return
+        check_placements(filter(is_sharded, parameters), filters=self.scale.filters)
+        refuse_inside_forward(parameters)
+        for block in blocks:
+            for i, p in enumerate(block.p):
+                block.b[i] = self.optimizer.state[p][KEY] = placed_like(block.b[i], p)
+                if not block.own:
+                    block.d[i] = placed_like(block.d[i], p)
 
     @torch.no_grad()
     def displace(self, blocks: list[Block], coefficients: dict[int, Tensor], scale: Scale) -> None:
         """Open the window: w -> x, with e = c shaped(d, w) and c by id(block), except for twins."""
         for block in blocks:
+            block.moves()
+            w, b, d = block.lists()
             if block.twin is False:
                 block.c = coefficients[id(block)]
-                displace_(block.p, block.b, block.d, block.c, scale)
+                displace_(w, b, d, block.c, scale)
             elif block.twin is True and block.ratio == 1:
-                swap_(block.p, block.b)
+                swap_(w, b)
             elif block.twin is True and block.p[0].is_complex():
-                reopen_(block.p, block.b, block.ratio)
+                reopen_(w, b, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             elif block.twin is True:  # the same arithmetic as where only the device knows, so that resuming is exact
                 c, one, zero = (constant(v, block.p[0].device, torch.float32) for v in (0.0, 1.0, 0.0))
-                choose_(block.p, block.b, block.d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
+                choose_(w, b, d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             else:
                 c, flag = coefficients[id(block)], block.twin
-                choose_(block.p, block.b, block.d, c, scale, flag.set, flag.clear, block.ratio)
+                choose_(w, b, d, c, scale, flag.set, flag.clear, block.ratio)
                 block.c = None
             for p in block.p:
                 self.twins.pop(id(p), None)
@@ -141,6 +168,7 @@ class Slot:
         knows whether that is needed: x goes into the gradients, worthless if it is, and comes back in :meth:`store`.
         """
         for block in self.blocks:
+            block.moves()
             if keep and block.own:
                 pairs = list(zip(block.p, block.b, strict=True))
                 carried = [] if flag is None else [(p, b, p.grad) for p, b in pairs if p.grad is not None]
@@ -152,13 +180,20 @@ class Slot:
                     self._carried += ps
                     self.spent += bs
                 if swapped:
-                    swap_([p for p, _ in swapped], [b for _, b in swapped])
+                    swap_(local([p for p, _ in swapped]), local([b for _, b in swapped]))
                 self.twins.update((id(p), Twin(block.rho, block.c, p._version)) for p in block.p)
             else:
-                restore_(block.p, block.b)
+                restore_(*block.lists()[:2])
                 self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
         torch.clear_autocast_cache()
+
+    def shown(self) -> Iterator[Tensor]:
+        """All tensors that hold displaced weights, or copies of them that FSDP2 has gathered."""
+        for block in self.blocks:
+            yield from block.p
+            if block.sharded:
+                yield from gathered_copies(block.p)
 
     @torch.no_grad()
     def peek(self) -> None:
@@ -167,7 +202,9 @@ class Slot:
         Works on `.data`, so a graph that waits for its backward meanwhile does not take this for a change of weights.
         """
         for block in self.blocks:
-            swap_([p.data for p in block.p], block.b)
+            block.moves(for_a_look=True)
+            w, b, _ = block.lists()
+            swap_([p.data for p in w], b)
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -219,7 +256,7 @@ class Slot:
     def forget_spent(self) -> None:
         """A step that raised has left w, not a direction, in these buffers: there is no direction."""
         if self.spent:
-            torch._foreach_zero_(self.spent)
+            torch._foreach_zero_(local(self.spent))
             for p in self._carried:
                 self.twins.pop(id(p), None)
             self.spent, self._carried = [], []
