@@ -10,12 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s2sam.private_torch import (
     computing,
+    fsdp_forget_gathered,
+    fsdp_gathered,
+    fsdp_groups,
+    fsdp_in_forward,
     in_ddp_join,
     is_fsdp1_parameter,
     is_in_backward,
     is_in_functional_call,
     is_tracing,
     is_transforming,
+    root_mesh,
 )
 
 SEEN = []  # not on the module: torch.export puts back what a forward changes there
@@ -113,3 +118,70 @@ def test_parameters_of_fsdp1_are_known(alone, originals):
     assert not any(is_fsdp1_parameter(p) for p in plain.parameters())
     model = FullyShardedDataParallel(nn.Linear(2, 2), use_orig_params=originals, device_id=torch.device("cpu"))
     assert all(is_fsdp1_parameter(p) for p in model.parameters())
+
+
+@pytest.fixture
+def sharded(alone):
+    """A model under FSDP2 whose first layer is gathered by itself, and its sharded parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net, list(net.parameters())
+
+
+def test_fsdp_groups_are_found_by_their_sharded_parameters(sharded):
+    net, parameters = sharded
+    assert len(fsdp_groups(parameters)) == 2
+    (root,) = fsdp_groups(parameters[2:])
+    assert [id(part.sharded_param) for part in root.fsdp_params] == [id(p) for p in parameters[2:]]
+    assert fsdp_groups([nn.Parameter(torch.ones(2))]) == []
+    assert fsdp_groups(iter(net.parameters()))
+
+
+def test_gathered_weights_can_be_dropped(sharded):
+    net, parameters = sharded
+    (root,) = fsdp_groups(parameters[2:])
+    x = torch.ones(1, 3)
+    with torch.no_grad():
+        first = net(x)
+    assert [id(p) for p in fsdp_gathered(root)] == [id(p) for p in net[1].parameters()]  # still gathered
+    fsdp_forget_gathered(root)
+    assert [id(p) for p in net.parameters()] == [id(p) for p in parameters]
+    with torch.no_grad():
+        parameters[3].to_local().add_(1)
+        assert torch.allclose(net(x), first + 1)
+
+
+def test_a_prefetch_of_weights_can_be_dropped(sharded):
+    net, parameters = sharded
+    x = torch.ones(1, 3)
+    with torch.no_grad():
+        first = net(x)
+        net.reshard()
+        net.unshard(async_op=True)
+        for group in fsdp_groups(parameters):
+            fsdp_forget_gathered(group)
+        parameters[3].to_local().add_(1)
+        assert torch.allclose(net(x), first + 1)
+
+
+def test_a_forward_under_way_is_seen(sharded):
+    net, parameters = sharded
+    (root,) = fsdp_groups(parameters[2:])
+    seen = []
+    net[0].register_forward_hook(lambda *_: seen.append(fsdp_in_forward(root)))
+    net(torch.ones(1, 3))
+    assert seen == [True]
+    assert not fsdp_in_forward(root)
+
+
+def test_the_mesh_that_a_mesh_is_a_slice_of(alone):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b"))
+    assert root_mesh(mesh["b"]) == mesh
+    assert root_mesh(mesh) == mesh

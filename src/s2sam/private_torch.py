@@ -6,8 +6,9 @@ A canary fails when a new torch has renamed or changed the thing, before a user'
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,3 +87,47 @@ def in_ddp_join() -> bool:
     """Whether a forward of DistributedDataParallel is under way inside `with model.join()`."""
     active = DistributedDataParallel._active_ddp_module
     return active is not None and bool(active._join_config.enable)
+
+
+def fsdp_groups(parameters: Iterable[Tensor]) -> list[Any]:
+    """The parameter groups of FSDP2 (`fully_shard`) that manage one of these sharded parameters.
+
+    torch gives no public way from a parameter to the module that gathers it, and the module need not be known here.
+    """
+    states = sys.modules.get("torch.distributed._composable_state")
+    if states is None:
+        return []
+    wanted = {id(p) for p in parameters}
+    found: dict[int, Any] = {}
+    for reference in list(states._module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # older versions of torch have one group per module
+            groups = [g for g in (getattr(state, "_fsdp_param_group", None),) if g is not None]
+        found.update((id(g), g) for g in groups if any(id(part.sharded_param) in wanted for part in g.fsdp_params))
+    return list(found.values())
+
+
+def fsdp_in_forward(group: Any) -> bool:
+    """True if a forward of the module that this group belongs to has begun and not ended (or was interrupted)."""
+    return bool(group._training_state.name == "FORWARD")
+
+
+def fsdp_forget_gathered(group: Any) -> None:
+    """Free the gathered copies of the weights, a prefetched one as well; the next forward or backward gathers again.
+
+    `FSDPModule.reshard()` is this too, but it does nothing inside a forward or while a prefetch is under way.
+    """
+    if group._all_gather_result is not None:
+        group.wait_for_unshard()
+    group._to_sharded()
+
+
+def fsdp_gathered(group: Any) -> list[Tensor]:
+    """The parameters that stand in for the sharded ones while those are gathered; they keep their version counters."""
+    return [part._unsharded_param for part in group.fsdp_params if hasattr(part, "_unsharded_param")]
+
+
+def root_mesh(mesh: Any) -> Any:
+    """The DeviceMesh that `mesh` is a slice of, or `mesh` itself."""
+    return mesh._get_root_mesh()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from s2sam.hooks import WeakHook
 from s2sam.private_torch import is_in_functional_call
+from s2sam.sam.sharded import address, is_sharded, weights_move
 
 
 class WindowOwner(Protocol):
@@ -43,7 +44,7 @@ def _save_clean(owner: WindowOwner, module: nn.Module, state: dict[str, Any], pr
         for key, value in state.items():
             if not torch.is_tensor(value):
                 continue
-            p, w = displaced.get(value.data_ptr(), (None, None))
+            p, w = displaced.get(address(value), (None, None))
             # keep_vars=True asks for the parameter itself
             if p is not None and w is not None and value is not p and key.startswith(prefix) and value.shape == p.shape:
                 state[key] = w.detach().clone()
@@ -87,6 +88,9 @@ class Places:
             return True
         if is_in_functional_call():
             return False
+        gathered = [p for _, _, p in self._parameters if is_sharded(p)]
+        if gathered:  # FSDP2 leaves the gathered weights of its root in the places of the sharded ones
+            weights_move(gathered, for_a_look=True)
         before = list(self._parameters)
         self._find({id(p) for _, _, p in before})
         missing = len(before) - len(self._parameters)
@@ -102,7 +106,7 @@ class Places:
 
     def heirs(self) -> dict[int, Tensor]:
         """What stands in the places of parameters that are no longer there, by the id of the old one."""
-        there = ((p, slots.get(key)) for slots, key, p in self._parameters)
+        there = ((p, slots.get(key)) for slots, key, p in self._parameters if not is_sharded(p))
         return {id(p): q for p, q in there if q is not None and q is not p}
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from s2sam.sam.displacement import pieces
-from s2sam.sam.norms import FLOOR, constant, real, total_norm, widen
+from s2sam.sam.norms import FLOOR, constant, global_norm, real, total_norm, widen
+from s2sam.sam.sharded import has_shards
 from s2sam.tensors import alike
 
 
@@ -61,9 +62,11 @@ class Scale:
         return (size if w_norm is None else size * w_norm) / d_norm
 
     def direction_norm(self, d: list[Tensor], w: list[Tensor]) -> Tensor:
-        """|| |w|^(power / 2) d ||_2, never 0."""
+        """|| |w|^(power / 2) d ||_2 over all ranks, never 0."""
         if self.power == 0:
             return total_norm(d, floor=True)
+        if has_shards(d):
+            return global_norm(self.direction_norm, d, d, w, floor=True)
         parts = [total_norm(list(torch._foreach_mul(dd, ww))) for dd, ww in pieces(d, w)]
         return total_norm(parts, floor=True)
 

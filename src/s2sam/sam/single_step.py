@@ -34,6 +34,7 @@ from s2sam.sam.norms import all_finite, largest
 from s2sam.sam.options import Options, paper_options
 from s2sam.sam.scales import SCALES
 from s2sam.sam.scope import Scope
+from s2sam.sam.sharded import address, any_rank, check_sharding, has_shards, place_gradients
 from s2sam.sam.slot import Slot
 from s2sam.sam.stats import Stats
 
@@ -87,7 +88,9 @@ class S2SAM:
         RuntimeError: see on_clean_grad; or the window would open while a backward runs (reentrant checkpointing).
 
     Cost: one gradient a step, one buffer per parameter in scope ("ema": two), 52 bytes of traffic per fp32 parameter
-    and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not.
+    and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not. Sharded parameters
+    (DTensors of FSDP2 or tensor parallelism): buffers and traffic of the shards, two all_reduces of one number for each
+    dim of the mesh, and fused optimizers read one number on the host as well.
 
     Worth: in this project's study (results/direction-study, a small proxy) no variant beat tuned Nesterov, and the
     default lost to it with RigL. Compare with `nesterov=True` before you rely on a gain.
@@ -125,6 +128,7 @@ class S2SAM:
         self.optimizers, models = check_optimizers(optimizer), check_models(model)
         options = Options(direction, sign, scale, scope, ema_beta, generator, nonfinite, on_clean_grad)
         options.check()
+        check_sharding(self.optimizers, models, filters=SCALES[scale].filters)
         options.check_members(self.optimizers, models)
         self.direction, self.sign, self.scale = direction, sign, SCALES[scale]
         self.nonfinite, self.on_clean_grad = nonfinite, on_clean_grad
@@ -364,7 +368,7 @@ class S2SAM:
         """Displaced parameters and where their w is now, by the address of their storage."""
         clean = self._looks.clean
         blocks = [block for slot in self._slots for block in slot.blocks]
-        return {p.data_ptr(): (p, p if clean else b) for k in blocks for p, b in zip(k.p, k.b, strict=True)}
+        return {address(p): (p, p if clean else b) for k in blocks for p, b in zip(k.p, k.b, strict=True)}
 
     def _weights_replaced(self, load: object) -> None:
         for slot in self._slots:
@@ -387,6 +391,9 @@ class S2SAM:
                 "register_post_accumulate_grad_hook), and would take the displaced weights away from the rest of it; "
                 "call optimizer.step() after loss.backward()"
             )
+        sharded = has_shards(context.gradients())
+        if sharded:
+            place_gradients(context.parameters())
         gradients = context.gradients()
         if any(g.layout != torch.strided for g in gradients):
             raise ValueError("S2SAM: sparse gradients are not supported; build the embedding with sparse=False")
@@ -395,10 +402,15 @@ class S2SAM:
             raise RuntimeError(WRITTEN)
         if not slot.fresh and self.on_clean_grad != "ignore" and any(p.grad is not None for p in slot.with_direction()):
             complain(self.on_clean_grad, CLEAN_GRADIENT.format(name=type(slot.optimizer).__name__))
+        if sharded and context.found_inf is not None:  # a GradScaler's, which has seen the shards of this rank
+            context.skip, context.found_inf = any_rank(bool(context.found_inf), gradients), None
+            self._stats.count_skips(int(context.skip))
+            if context.skip:
+                return
         if self.nonfinite == "ignore" or not gradients:
             return
         new = any(slot.is_new(p) for p in slot.parameters())
-        if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not new:
+        if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not (new or sharded):
             zero = largest(gradients) * 0  # or NaN
             found = zero.nan_to_num(1.0).float()
             slot.poison = zero if context.found_inf is None else None

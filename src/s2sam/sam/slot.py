@@ -6,7 +6,7 @@ move in place: wherever they do here, those copies are cleared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,16 @@ from s2sam.sam.guard import GradientWatch
 from s2sam.sam.norms import constant, real
 from s2sam.sam.scales import Scale
 from s2sam.sam.scope import Scope
+from s2sam.sam.sharded import (
+    address,
+    check_placements,
+    gathered_copies,
+    has_shards,
+    is_sharded,
+    local,
+    placed_like,
+    refuse_inside_forward,
+)
 
 STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds
 
@@ -116,27 +126,45 @@ class Slot:
                 block.b.append(b)
                 if not self.direction.own:
                     block.d.append(d)
+        for block in blocks.values():
+            block.sharded = has_shards(block.p)
+        self._check_shards([block for block in blocks.values() if block.sharded])
         return list(blocks.values())
+
+    def _check_shards(self, blocks: list[Block]) -> None:
+        """Make buffers and directions of sharded parameters lie as these do, or raise, before a weight has moved."""
+        parameters = [p for block in blocks for p in block.p]
+        if not parameters:
+            return
+        check_placements(filter(is_sharded, parameters), filters=self.scale.filters)
+        refuse_inside_forward(parameters)
+        for block in blocks:
+            for i, p in enumerate(block.p):
+                block.b[i] = self.optimizer.state[p][KEY] = placed_like(block.b[i], p)
+                if not block.own:
+                    block.d[i] = placed_like(block.d[i], p)
 
     @torch.no_grad()
     def displace(self, blocks: list[Block], coefficients: dict[int, Tensor], scale: Scale) -> None:
         """Open the window: w -> x, with e = c shaped(d, w) and c by id(block), except for twins."""
         for block in blocks:
+            block.moves()
+            w, b, d = block.lists()
             if block.twin is False:
                 block.c = coefficients[id(block)]
-                displace_(block.p, block.b, block.d, block.c, scale)
+                displace_(w, b, d, block.c, scale)
             elif block.twin is True and block.ratio == 1:
-                swap_(block.p, block.b)
+                swap_(w, b)
             elif block.twin is True and block.p[0].is_complex():
-                reopen_(block.p, block.b, block.ratio)
+                reopen_(w, b, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             elif block.twin is True:  # the same arithmetic as where only the device knows, so that resuming is exact
                 c, one, zero = (constant(v, block.p[0].device, torch.float32) for v in (0.0, 1.0, 0.0))
-                choose_(block.p, block.b, block.d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
+                choose_(w, b, d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             else:
                 c, flag = coefficients[id(block)], block.twin
-                choose_(block.p, block.b, block.d, c, scale, flag.set, flag.clear, block.ratio)
+                choose_(w, b, d, c, scale, flag.set, flag.clear, block.ratio)
                 block.c = None
             for p in block.p:
                 self.twins.pop(id(p), None)
@@ -145,10 +173,10 @@ class Slot:
         torch.clear_autocast_cache()
 
     def _versions_now(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for block in self.blocks for p in block.p]
+        return [(p._version, address(p)) for block in self.blocks for p in block.p]
 
     def written(self) -> bool:
-        """True if somebody has written to displaced parameters; new memory (`.to()`, a flattened RNN) does not count."""
+        """True if somebody has written to displaced parameters; new memory (`.to()`, a flattened RNN) is no write."""
         if not (self._looking or self._tainted):
             now = self._versions_now()
             pairs = zip(self._versions, now, strict=True) if now != self._versions else ()
@@ -165,6 +193,7 @@ class Slot:
         """
         keep = keep and not self.written()
         for block in self.blocks:
+            block.moves()
             if keep and block.own:
                 pairs = list(zip(block.p, block.b, strict=True))
                 carried = [] if flag is None else [(p, b, p.grad) for p, b in pairs if p.grad is not None]
@@ -176,14 +205,21 @@ class Slot:
                     self._carried += ps
                     self.spent += bs
                 if swapped:
-                    swap_([p for p, _ in swapped], [b for _, b in swapped])
+                    swap_(local([p for p, _ in swapped]), local([b for _, b in swapped]))
                 self.twins.update((id(p), Twin(block.rho, block.c, p._version)) for p in block.p)
             else:
-                restore_(block.p, block.b)
+                restore_(*block.lists()[:2])
                 self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
         self._versions, self._looking, self._tainted = [], False, False
         torch.clear_autocast_cache()
+
+    def shown(self) -> Iterator[Tensor]:
+        """All tensors that hold displaced weights, or copies of them that FSDP2 has gathered."""
+        for block in self.blocks:
+            yield from block.p
+            if block.sharded:
+                yield from gathered_copies(block.p)
 
     @torch.no_grad()
     def peek(self) -> None:
@@ -192,13 +228,13 @@ class Slot:
         Works on `.data`, so a graph that waits for its backward meanwhile does not take this for a change of weights.
         """
         self.written()
-        if (
-            self._looking and self._versions != self._versions_now()
-        ):  # w is another one now, and x does not belong to it
+        if self._looking and self._versions != self._versions_now():  # another w now, to which x does not belong
             self.spent += [b for block in self.blocks if block.own for b in block.b]
             self.blocks = []
         for block in self.blocks:
-            swap_([p.data for p in block.p], block.b)
+            block.moves(for_a_look=True)
+            w, b, _ = block.lists()
+            swap_([p.data for p in w], b)
         self._looking = not self._looking
         self._versions = self._versions_now()
         torch.clear_autocast_cache()
@@ -253,7 +289,7 @@ class Slot:
     def forget_spent(self) -> None:
         """A step that raised has left w, not a direction, in these buffers: there is no direction."""
         if self.spent:
-            torch._foreach_zero_(self.spent)
+            torch._foreach_zero_(local(self.spent))
             for p in self._carried:
                 self.twins.pop(id(p), None)
             self.spent, self._carried = [], []
