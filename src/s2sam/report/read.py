@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s2sam.train.folder import check_sealed
+
 Record = dict[str, Any]
 _FINAL = ("test_top1", "test_loss", "sparsity", "step_seconds", "test_images")
 
@@ -78,8 +80,9 @@ def _read_env(path: Path) -> Record:
 
 
 def _read_lines(path: Path) -> list[Record]:
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    records, content = [], path.read_bytes()
+    check_sealed(path, content)
+    for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

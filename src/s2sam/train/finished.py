@@ -17,6 +17,7 @@ from s2sam.models import create_model
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import load_config
 from s2sam.train.evaluate import evaluate_split
+from s2sam.train.folder import check_sealed
 from s2sam.train.state import choose_device, training_images
 
 WEIGHTS = {"final": "model.safetensors", "ema": "ema.safetensors"}
@@ -113,9 +114,6 @@ def load_model(
     Raises:
         ValueError: there is no such file of weights, it is torn or of another network, or the images do not fit it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / WEIGHTS[weights]
     if not path.is_file():
         hint = "the run kept no average (optim.ema 0); use --weights final" if weights == "ema" else "train it again"
@@ -127,13 +125,31 @@ def load_model(
         config.model, num_classes=len(env["classes"]), in_channels=channels, image_size=(height, width),
         generator=torch.Generator(), **config.model_options,
     )  # fmt: skip
+    tensors = read_tensors(folder, path.name)
     try:
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError, OSError) as error:
-        if isinstance(error, SafetensorError):
-            raise ValueError(f"{path} is torn; train the run again") from error
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit the network or the size of the images; give images of {config.data}'s size, or train "
             "the run again"
         ) from error
     return model
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file of a finished run.
+
+    Raises:
+        ValueError: it is torn, or not what the run wrote.
+        FileNotFoundError: it is not there.
+    """
+    from safetensors.torch import load
+
+    path = folder / name
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+    except Exception as error:  # whatever the reader stumbles over in damaged bytes
+        raise ValueError(f"{path} is torn; train the run again") from error
+    check_sealed(path, content)
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,8 @@ FILES = (
     "ema.safetensors", "report.html", "checkpoints", "plots", "sharpness.json", "premise.json",
     "robustness-generated.json", "robustness-official.json", "bound.json",
 )  # fmt: skip
+#: what DONE tells the SHA-256 of: the files of results, which nothing but a damaged disk changes
+SEALED = ("metrics.jsonl", "model.safetensors", "masks.safetensors", "ema.safetensors")
 
 
 class RunFolder:
@@ -114,5 +117,22 @@ class RunFolder:
         return path
 
     def finish(self) -> None:
-        """Write DONE: everything else is there."""
-        write_text(self.path / "DONE", "")
+        """Write DONE: everything else is there. It holds the digests of the results as JSON."""
+        found = {name: self.path / name for name in SEALED if (self.path / name).is_file()}
+        digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}
+        write_text(self.path / "DONE", json.dumps({"sha256": digests}, indent=1) + "\n")
+
+
+def check_sealed(path: Path, content: bytes) -> None:
+    """Raise ValueError unless this content of a finished run's file is what the run wrote, as DONE beside it tells.
+
+    Runs of an earlier s2sam have an empty DONE, which cannot tell.
+    """
+    done = path.with_name("DONE")
+    try:
+        text = done.read_text(encoding="utf-8")
+        digest = json.loads(text)["sha256"][path.name] if text else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{done} is damaged; put that file back, or train the run again") from error
+    if digest is not None and digest != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{path} is damaged: it is not what the run wrote; put that file back, or train the run again")
