@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from s2sam.train.atomic import atomic, write_text
+from s2sam.train.atomic import atomic, meant_for, write_text
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import dump
 from s2sam.train.environment import differences
@@ -47,22 +47,29 @@ class RunFolder:
 
     def check(self, overwrite: bool = False) -> None:
         """Raise ValueError if no run may be written here: a finished one is here, or files that belong to no run."""
-        known = {*FILES, LOCK}
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; choose another folder with --out")
         if self.done and not overwrite:
             raise ValueError(
                 f"{self.path} holds a finished run; choose another --out, or add --overwrite to replace it"
             )
-        strange = self.path.is_dir() and any(p.name not in known for p in self.path.iterdir())
+        strange = self.path.is_dir() and any(
+            (meant_for(p.name) or p.name) not in (*FILES, LOCK) for p in self.path.iterdir()
+        )
         if strange and not (self.path / "config.yaml").exists():
             raise ValueError(f"{self.path} holds files that belong to no run; choose another folder with --out")
 
     def create(self, config: TrainConfig, env: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        """Start a run here: what an earlier one left goes, DONE first; config.yaml and env.json are written."""
+        """Start a run here: what an earlier one left goes, and config.yaml and env.json are written.
+
+        Wherever this is interrupted it can begin anew: DONE goes first, then the checkpoints, while the records that
+        belong to them are there; config.yaml, by which a folder with other files is known, is replaced in one move.
+        """
         self.check(overwrite)
-        for name in FILES:
+        for name in dict.fromkeys(("DONE", "checkpoints", *FILES)):
             path = self.path / name
+            if name == "config.yaml":
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -80,7 +87,6 @@ class RunFolder:
             What a user should know: that env.json was torn and is written anew, or that this is another machine.
         """
         self.tidy()
-        (self.path / "DONE").unlink(missing_ok=True)
         path = self.path / "env.json"
         notes: list[str] = []
         try:
@@ -95,10 +101,15 @@ class RunFolder:
         write_text(path, json.dumps({**known, "resumed": [*earlier, {"step": step, **env}]}, indent=1) + "\n")
         return notes
 
+    def unfinish(self) -> None:
+        """Take DONE away, before anything that it vouches for changes."""
+        (self.path / "DONE").unlink(missing_ok=True)
+
     def tidy(self) -> None:
         """Remove what a process that was killed while writing left behind."""
         for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            path.unlink()
+            if meant_for(path.name):
+                path.unlink()
 
     def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
         """Write one safetensors file, whole or not at all; OSError as :func:`~s2sam.train.atomic.atomic`."""
