@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from s2sam.outside import (
-    COUNT, NUMBER, OPTIONAL, POSITIVE, SHARE, DamagedError, Number, check, parse_json, parse_yaml, reading,
+    COUNT,
+    NUMBER,
+    OPTIONAL,
+    POSITIVE,
+    SHARE,
+    DamagedError,
+    Number,
+    check,
+    parse_json,
+    parse_yaml,
+    reading,
 )  # fmt: skip
 from s2sam.train.folder import check_sealed
 
@@ -37,7 +47,7 @@ _RECORDS: dict[str, dict[str, Any]] = {
 _CONFIG = {
     "seed": COUNT, "epochs?": Number(1, whole=True), "sparsity?": SHARE, "rho?": NUMBER,
     **dict.fromkeys(("data?", "model?", "method?", "sharpness?"), str),
-    **dict.fromkeys(("sam?", "optim?", "schedule?", "data_options?", "model_options?"), {}),
+    **{key: {} for key in ("sam?", "optim?", "schedule?", "data_options?", "model_options?")},
     "sparse?": {"options?": {...: (NUMBER, str, bool, list, None)}},
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ from s2sam.data import load_data
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.models import create_model
+from s2sam.outside import NUMBER, DamagedError, Number, check, misfit, parse_json, reading
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import load_config
 from s2sam.train.evaluate import evaluate_split
 from s2sam.train.folder import check_sealed
 from s2sam.train.state import choose_device, training_images
 
+_ENV = {"mean": [NUMBER], "std": [Number(1e-12)], "classes": [str], "data_digest": str}
 WEIGHTS = {"final": "model.safetensors", "ema": "ema.safetensors"}
 
 
@@ -67,13 +68,18 @@ def read_folder(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     if not (folder / "DONE").exists():
         raise ValueError(f"{folder} is not a finished run (no DONE file); let `s2sam train` finish it first")
     config = load_config(folder / "config.yaml")
+    said = f"{folder}/env.json does not tell how images are normalised; train the run again"
     try:
-        env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-        known = isinstance(env, dict) and {"mean", "std", "classes", "data_digest"} <= env.keys()
-    except (OSError, ValueError):
-        known = False
-    if not known:
-        raise ValueError(f"{folder}/env.json does not tell how images are normalised; train the run again")
+        with reading(folder / "env.json", "damaged", "put that file back, or train the run again"):
+            env = parse_json((folder / "env.json").read_bytes())
+            wrong = misfit(env, _ENV)
+            if wrong.startswith("it "):
+                raise DamagedError(said)
+            check(env, _ENV)
+            if len(env["mean"]) != len(env["std"]):
+                raise ValueError(f"it has {len(env['mean'])} means and {len(env['std'])} standard deviations")
+    except FileNotFoundError as error:
+        raise ValueError(said) from error
     return config, env
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from s2sam.outside import check, parse_json
 from s2sam.train.atomic import atomic, meant_for, write_text
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import dump
@@ -90,14 +91,16 @@ class RunFolder:
         path = self.path / "env.json"
         notes: list[str] = []
         try:
-            known = dict(json.loads(path.read_text(encoding="utf-8")))
-            earlier = list(known.pop("resumed", []))
-            notes += differences(known | (earlier[-1] if earlier else {}), env)
-        except (OSError, ValueError, TypeError):
+            known = parse_json(path.read_bytes())
+            check(known, {"hardware?": ({}, None), "versions?": ({}, None), "resumed?": [{}]})
+        except (OSError, ValueError, RecursionError):
             known, earlier = dict(env), []
             notes.append(
                 f"{path} was torn or not there; it is written anew, without what was known before step {step:,}"
             )
+        else:
+            earlier = known.pop("resumed", [])
+            notes += differences(known | (earlier[-1] if earlier else {}), env)
         write_text(path, json.dumps({**known, "resumed": [*earlier, {"step": step, **env}]}, indent=1) + "\n")
         return notes
 
