@@ -171,6 +171,7 @@ def test_what_cannot_be_counted_is_a_dash_with_its_reason(folders, tmp_path):
     for line in kept:
         line.pop("active_parameters", None)
     (old / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
+    (old / "DONE").write_text("")  # as an s2sam of that time left it
     arms = group_runs([read_run(folders["dense"]), read_run(old)])
     html = cost_section(arms).figures[0].svg
     rows = re.findall(r"<th scope=\"row\">.*?</tr>", html)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import random
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from s2sam.cli.main import main
 from s2sam.train import TrainConfig, run
-from s2sam.train.config import DataConfig
-from s2sam.train.folder import RunFolder
+from s2sam.train.config import DataConfig, OptimConfig
+from s2sam.train.folder import SEALED, RunFolder
 
 QUICK = TrainConfig(epochs=1, data_options=DataConfig(train_size=128))
 
@@ -85,3 +90,62 @@ def test_tensors_are_written_as_they_are(tmp_path):
     assert torch.equal(loaded["w"], tensors["w"])
     assert torch.equal(loaded["tied"], tensors["w"])
     assert loaded["m"].dtype == torch.bool
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with every file that DONE tells the digest of."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(dataclasses.replace(QUICK, out=str(folder), optim=OptimConfig(ema=0.9), model_options={"width": 0.125}))
+    return folder
+
+
+def test_done_tells_the_digests_of_the_results(finished):
+    digests = json.loads((finished / "DONE").read_text())["sha256"]
+    assert list(digests) == list(SEALED)
+    assert digests == {name: hashlib.sha256((finished / name).read_bytes()).hexdigest() for name in SEALED}
+
+
+VERBS = {
+    "metrics.jsonl": ("report", "{run}", "--out", "{out}"),
+    "model.safetensors": ("eval", "{run}"),
+    "ema.safetensors": ("eval", "{run}", "--weights", "ema"),
+    "masks.safetensors": ("surface", "{run}", "--out", "{out}", "--dims", "1", "--points", "5", "--images", "10"),
+}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_flipped_bit_in_a_result_is_noticed(finished, tmp_path, capsys, name):
+    copy, out = shutil.copytree(finished, tmp_path / "run"), tmp_path / "out"
+    argv = [word.format(run=copy, out=out) for word in VERBS[name]]
+    content, draw = (copy / name).read_bytes(), random.Random(name)
+    bits = 8 * len(content)
+    for bit in (*range(0, 64, 9), *(draw.randrange(bits) for _ in range(12)), bits - 1):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        (copy / name).write_bytes(changed)
+        capsys.readouterr()
+        code, said = main(argv), capsys.readouterr().err
+        assert code == 2, bit
+        assert said.count("\n") == 1
+        assert f"{copy / name} is " in said
+        assert not out.exists()
+
+
+def test_a_run_whose_done_tells_nothing_still_opens(finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "DONE").write_text("")
+    assert main(["eval", str(copy)]) == 0
+    assert main(["report", str(copy), "--out", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b"\xff", b'{"sha256": 3}', b'{"sha256": {}}', b"[" * 100_000], ids=repr
+)
+def test_a_damaged_done_is_named(finished, tmp_path, capsys, content):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "DONE").write_bytes(content)
+    for argv in (["eval", str(copy)], ["report", str(copy), "--out", str(tmp_path / "page.html")]):
+        assert main(argv) == 2
+        assert f"{copy / 'DONE'} is damaged; put that file back" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

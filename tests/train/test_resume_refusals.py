@@ -24,7 +24,7 @@ from s2sam.train.lock import LOCK, hold
 from s2sam.train.resume import find_resume
 
 sys.path.insert(0, str(Path(__file__).parent))
-from forked import forked, killed, run, warm_up
+from forked import forked, killed, run, same, warm_up
 
 TINY = TrainConfig(
     epochs=2,
@@ -94,7 +94,7 @@ def test_a_setting_that_the_checkpoint_does_not_know_is_its_default(unfinished):
     path = unfinished.folder / "checkpoints" / "last.pt"
     saved = torch.load(path, weights_only=True)
     del saved["config"]["optim"]["ema"]
-    torch.save(saved, path)
+    save_checkpoint(path, saved)
     folder = RunFolder(unfinished.folder)
     assert find_resume(folder, unfinished, "auto").saved["step"] == 6
     averaged = dataclasses.replace(unfinished, optim=dataclasses.replace(unfinished.optim, ema=0.9))
@@ -113,6 +113,47 @@ def test_a_torn_last_checkpoint_is_passed_over(unfinished, capsys):
     assert "going on after step 4 of 8, from" in out
 
 
+@pytest.mark.parametrize("place", ["weights", "pickle", "digest"])
+@pytest.mark.parametrize("older", ["best.pt", "step-00000004.pt"])
+def test_a_damaged_last_checkpoint_costs_time_and_no_bit_of_the_result(unfinished, tmp_path, older, place, capsys):
+    from rich.console import Console
+
+    whole = dataclasses.replace(unfinished, out=str(tmp_path / "whole"))
+    run(whole)
+    checkpoints = unfinished.folder / "checkpoints"
+    (checkpoints / "best.pt").rename(checkpoints / older)
+    content = bytearray((checkpoints / "last.pt").read_bytes())
+    at = {"weights": len(content) // 2, "pickle": content.index(b"data.pkl") + 100, "digest": len(content) - 5}[place]
+    content[at] ^= 1
+    (checkpoints / "last.pt").write_bytes(content)
+    run(unfinished, console=Console(width=500))
+    out = capsys.readouterr().out
+    assert "passed over: " in out
+    assert "last.pt is damaged: its content is not what was written" in out
+    assert "going on after step 4 of 8, from" in out
+    a, b = contents(whole.folder), contents(unfinished.folder)
+    for name in ("model.safetensors", "masks.safetensors"):
+        assert a[name] == b[name]
+    assert a["metrics.jsonl"].count(b"\n") == b["metrics.jsonl"].count(b"\n")
+    one, other = (load_checkpoint(c.folder / "checkpoints" / "last.pt") for c in (whole, unfinished))
+    for key in ("model", "optimizer", "sparsifier", "batches", "best", "rng"):
+        assert same(one[key], other[key]), key
+
+
+def test_a_file_of_a_newer_s2sam_is_never_passed_over(unfinished):
+    spoil(unfinished.folder, lambda s: s.update(version=5))
+    refused(unfinished, "upgrade s2sam")
+
+
+def test_a_best_checkpoint_that_lacks_a_number_is_passed_over_or_refused(unfinished):
+    checkpoints = unfinished.folder / "checkpoints"
+    for name in ("best.pt", "last.pt"):
+        saved = load_checkpoint(checkpoints / name)
+        save_checkpoint(checkpoints / name, saved | {"best": {"epoch": 1}})
+    refused(unfinished, "is damaged: its 'best' has no number 'test_top1'")
+    refused(unfinished, "best.pt is damaged: its 'best' has no number", resume=str(checkpoints / "best.pt"))
+
+
 def test_when_all_are_torn_nothing_is_touched(unfinished):
     for path in (unfinished.folder / "checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-500])
@@ -123,14 +164,14 @@ def spoil(folder, change):
     path = folder / "checkpoints" / "last.pt"
     saved = torch.load(path, weights_only=True)
     change(saved)
-    torch.save(saved, path)
+    save_checkpoint(path, saved)
     return str(path)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: s.update(version=4), "has version 4 of the format, this s2sam reads version 3; upgrade s2sam"),
+        (lambda s: s.update(version=5), "has version 5 of the format, this s2sam reads versions 3 and 4; upgrade"),
         (lambda s: s.update(format="s2sam-checkpoint-1", version=1), "has version 1 of the format"),
         (lambda s: s.update(format="other"), "was not written by s2sam train"),
         (lambda s: s["model"].pop("classifier.bias"), "does not fit this model, its masks or its optimizer"),

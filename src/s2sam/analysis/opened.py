@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.train.config import TrainConfig
-from s2sam.train.finished import load_images, load_model, read_folder, weights_digest
+from s2sam.train.finished import load_images, load_model, read_folder, read_tensors, weights_digest
 from s2sam.train.seeding import derive
 from s2sam.train.state import choose_device
 
@@ -94,15 +94,9 @@ def load_common(folders: Sequence[Path]) -> ImageData:
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:
-    """The masks of a run, {} if it is dense; ValueError if the file is torn."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "masks.safetensors"
-    try:
-        return load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is torn; train the run again") from error
+    """The masks of a run, {} if it is dense; ValueError if the file is torn or damaged."""
+    name = "masks.safetensors"
+    return read_tensors(folder, name) if (folder / name).is_file() else {}
 
 
 def choose(x: Tensor, y: Tensor, images: int | None, seed: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from s2sam.data.images import ImageData, check_labels, numbered_classes, refuse_rows
 from s2sam.data.splits import train_val_split
+from s2sam.outside import reading
 
 KEYS = ("train_x", "train_y", "test_x", "test_y")
 
@@ -60,17 +60,15 @@ def from_arrays(
 def load(spec: str | Path, *, train_size: int | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
     """The arrays train_x, train_y, test_x, test_y and, if there, classes of an .npz file; see :func:`from_arrays`."""
     path = Path(spec)
-    try:
+    with reading(path, "not a readable .npz file", "write it with numpy.savez"):
         with zipfile.ZipFile(path):  # np.load takes other formats too
             file = np.load(path, allow_pickle=False)
         with file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz file ({error}); write it with numpy.savez") from error
     missing = [key for key in KEYS if key not in arrays]
     if missing:
         raise ValueError(f"{path} has no array {missing[0]!r}; it must hold {', '.join(KEYS)}")
-    classes = [str(c) for c in arrays["classes"]] if "classes" in arrays else None
+    classes = [str(c) for c in arrays["classes"].ravel()] if "classes" in arrays else None
     return from_arrays(
         path.name,
         *(arrays[key] for key in KEYS),
@@ -86,7 +84,7 @@ def _tensor(values: ArrayLike | Tensor, what: str) -> Tensor:
         return values.detach().cpu()
     try:
         return torch.from_numpy(np.ascontiguousarray(values))
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # objects, texts, another byte order
         raise ValueError(f"{what} must be an array of numbers, got {np.asarray(values).dtype}") from error
 
 

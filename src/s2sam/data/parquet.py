@@ -8,7 +8,6 @@ for are decoded; nothing is written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from s2sam.data.decode import check_resize, decode_images, resize_note
 from s2sam.data.images import ImageData, check_labels, numbered_classes
 from s2sam.data.splits import train_val_split
+from s2sam.outside import NUMBER, DamagedError, check, parse_json, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,23 +115,26 @@ def read_split(files: Sequence[Path]) -> Split:
 
     tables, where = [], str(files[0])
     for file in files:
-        try:
+        with reading(file, "not a readable parquet file, perhaps truncated", "fetch it again"):
             schema = pq.read_schema(file)
             image, label = _column(schema, IMAGE_COLUMNS, file), _column(schema, LABEL_COLUMNS, file)
             table = pq.read_table(file, columns=[image, label])
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file} is not a readable parquet file, perhaps truncated; fetch it again ({_first_line(error)})"
-            ) from error
+            table.validate(full=True)
         images, kind = table.column(image), table.schema.field(label).type
         if not pa.types.is_struct(images.type) or images.type.get_field_index("bytes") < 0:
             raise ValueError(f"{file}: column {image!r} must be struct{{bytes, path}}, not {images.type}")
+        stored = images.type.field("bytes").type
+        if not (pa.types.is_binary(stored) or pa.types.is_large_binary(stored)):
+            raise ValueError(f"{file}: the bytes of column {image!r} must be binary, not {stored}")
         if not pa.types.is_integer(kind):
             raise ValueError(f"{file}: column {label!r} must hold integers, not {kind}")
         if table.column(label).null_count:
             raise ValueError(f"{file}: column {label!r} has {table.column(label).null_count} empty rows; remove them")
-        tables.append(pa.table({"image": images, "label": table.column(label).cast(pa.int64())}))
-    table = pa.concat_tables(tables)
+        with reading(file, "of no use", "give labels that number the classes"):
+            labels = table.column(label).cast(pa.int64())
+        tables.append(pa.table({"image": images, "label": labels}))
+    with reading(where, "of another kind than its other shards", "fetch them again"):
+        table = pa.concat_tables(tables)
     if table.num_rows == 0:
         raise ValueError(f"{where} has no rows")
     labels = torch.from_numpy(np.array(table.column("label").to_numpy()))
@@ -159,7 +162,7 @@ def _column(schema: pa.Schema, wanted: Sequence[str], file: Path) -> str:
     for name in wanted:
         if name in schema.names:
             return name
-    raise ValueError(f"{file} has no column {' or '.join(wanted)}; its columns are {', '.join(schema.names)}")
+    raise DamagedError(f"{file} has no column {' or '.join(wanted)}; its columns are {', '.join(schema.names)}")
 
 
 def _metadata_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...] | None:
@@ -168,8 +171,9 @@ def _metadata_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...
     if text is None:
         return None
     try:
-        names = json.loads(text)["info"]["features"][label].get("names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = parse_json(text)["info"]["features"][label].get("names")
+        check(names, ([(str, NUMBER)], None))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: the metadata key 'huggingface' does not describe column {label!r}") from error
     return None if names is None else tuple(str(name) for name in names)
 
@@ -180,7 +184,3 @@ def _encoding_note(encoded: pa.ChunkedArray) -> str:
     if first is not None and first.startswith(b"\xff\xd8"):
         return "; JPEG-compressed images, so compare runs with each other and not with published accuracies"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

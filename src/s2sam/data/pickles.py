@@ -39,10 +39,9 @@ def load_pickle(path: str | Path) -> dict[str, Any]:
             found = _Reader(file, encoding="bytes").load()
     except _RefusedError as error:
         raise ValueError(f"{path} is refused: {error}; nothing in it was run") from None
-    except (
-        *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
-        *(ImportError, OverflowError, MemoryError),
-    ) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes its reader stumble over
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"{path} is not a readable pickle, perhaps truncated; fetch it again ({reason})") from error
     if not isinstance(found, dict):

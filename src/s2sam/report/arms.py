@@ -127,8 +127,16 @@ def _sam_keys(flat: Mapping[str, Any], sharpness: str) -> dict[str, Any]:
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Key:
-    return tuple(
-        (k, tuple(v) if isinstance(v, list) else v if not isinstance(v, Mapping) else None) for k, v in mapping.items()
+    return tuple((k, _hashable(v) if not isinstance(v, Mapping) else None) for k, v in mapping.items())
+
+
+def _hashable(value: Any) -> Any:
+    return (
+        tuple(map(_hashable, value))
+        if isinstance(value, list)
+        else value
+        if not isinstance(value, Mapping)
+        else str(value)
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s2sam import registry
+from s2sam.outside import parse_yaml, reading
 from s2sam.sparse.names import unknown
 from s2sam.suite.settings import Settings, settings
 from s2sam.train.config import whole
@@ -85,8 +86,6 @@ def load_suite(source: str | Path) -> Suite:
     Raises:
         ValueError: no such file or table, not YAML, an unknown key or an impossible value; one sentence says which.
     """
-    import yaml
-
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
@@ -97,13 +96,10 @@ def load_suite(source: str | Path) -> Suite:
             raise unknown("table", str(source), tables())
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text in UTF-8; a table is a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f" (line {mark.line + 1})"
-        raise ValueError(f"{path} is not valid YAML{line}; write one `key: value` a line") from None
+    with reading(path, "not valid YAML", "write one `key: value` a line"):
+        content = parse_yaml(text)
     first = text.partition("\n")[0]
     name = path.stem.removeprefix("table_")
     return parse_suite(content, name=name, description=first.lstrip("# ") if first.startswith("#") else "")

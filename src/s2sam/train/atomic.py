@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,16 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def meant_for(name: str) -> str | None:
+    """The file that a temporary one of :func:`atomic` was to become; None if the name is not that of one.
+
+    >>> meant_for(".config.yaml.4711.tmp"), meant_for(".notes.tmp"), meant_for("config.yaml")
+    ('config.yaml', None, None)
+    """
+    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return found[1] if found else None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ SCHEDULES = ("cosine", "constant", "step", "onecycle")
 PRECISIONS = ("fp32", "bf16", "fp16")
 COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+LARGEST = 1e38  #: numbers beyond it are none in fp32
 AUGMENTATIONS = ("auto", "none", "crop", "flip", "crop+flip")
 
 
@@ -58,6 +59,7 @@ class SamConfig:
     stats_every: int = 10
 
     def __post_init__(self) -> None:
+        kinds(self, "sam.")
         choice("sam.direction", self.direction, DIRECTIONS)
         choice("sam.scale", self.scale, SCALES)
         choice("sam.scope", self.scope, SCOPES)
@@ -99,6 +101,7 @@ class SparseConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        kinds(self, "sparse.")
         if isinstance(self.distribution, str):
             choice("sparse.distribution", self.distribution, DISTRIBUTIONS)
         rows = registry.list_methods()
@@ -134,6 +137,7 @@ class OptimConfig:
     fused: bool = False
 
     def __post_init__(self) -> None:
+        kinds(self, "optim.")
         choice("optim.name", self.name, OPTIMIZERS)
         whole("optim.accumulate", self.accumulate, 1)
         number("optim.clip_norm", self.clip_norm, 0.0)
@@ -165,6 +169,7 @@ class ScheduleConfig:
     rise: float = 0.3
 
     def __post_init__(self) -> None:
+        kinds(self, "schedule.")
         choice("schedule.name", self.name, SCHEDULES)
         number("schedule.warmup_epochs", self.warmup_epochs, 0.0)
         number("schedule.final", self.final, 0.0, 1.0)
@@ -205,6 +210,7 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        kinds(self, "data_options.")
         whole("data_options.cutout", self.cutout, 0)
         number("data_options.mixup", self.mixup, 0.0)
         number("data_options.label_smoothing", self.label_smoothing, 0.0, below=1.0)
@@ -285,6 +291,7 @@ class TrainConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        kinds(self, "")
         choice("model", self.model, [row.name for row in registry.list_models()])
         choice("method", self.method, ["dense", *(row.name for row in registry.list_methods())])
         choice("sharpness", self.sharpness, SHARPNESS)
@@ -348,6 +355,22 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"), "str": (str, "a text"), "dict[str, Any]": (Mapping, "`name: value` pairs"),
+    "str | None": ((str, type(None)), "a text or null"),
+}  # fmt: skip
+
+
+def kinds(config: Any, prefix: str) -> None:
+    """Raise ValueError unless switches, texts and mappings of a configuration are that, and groups are groups."""
+    for f in dataclasses.fields(config):
+        value, (kind, words) = getattr(config, f.name), _KINDS.get(str(f.type), (object, ""))
+        if str(f.type).endswith("Config"):
+            kind, words = globals()[str(f.type)], "a group of settings"
+        if not isinstance(value, kind):
+            raise ValueError(f"{prefix}{f.name} must be {words}, got {value!r}")
+
+
 def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raise ValueError, with the nearest valid name, unless `value` is one of `allowed`."""
     allowed = list(allowed)
@@ -356,14 +379,16 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, below: float | None = None) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high], or in [low, below)."""
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Raise ValueError unless `value` is a number of fp32 in [low, high], or in [low, below)."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
     if not valid or not low <= value <= high or (below is not None and value >= below):
         limit = f"at least {low:g}"
         if below is not None:
             limit += f" and below {below:g}"
         elif math.isfinite(high):
             limit = f"between {low:g} and {high:g}"
+        elif isinstance(value, (int, float)) and LARGEST < value < math.inf:
+            limit += f" and at most {LARGEST:g}"
         raise ValueError(f"{name} must be a number {limit}, got {value!r}")
 
 
@@ -371,3 +396,5 @@ def whole(name: str, value: Any, low: int) -> None:
     """Raise ValueError unless `value` is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if value >= 1 << 63:
+        raise ValueError(f"{name} must be a whole number below 2 to the power of 63, got {value!r}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2sam import registry
+from s2sam.outside import parse_yaml, reading
 from s2sam.train.config import TrainConfig
 
 _KINDS = {
@@ -62,6 +63,10 @@ def parse_flags(argv: Sequence[str], *, prog: str = "s2sam train") -> tuple[Trai
         chosen: Namespace = parser.parse_args([token for f in files for token in ("--config", f)] + flags)
     except ArgumentError as error:
         raise ValueError(_sentence(str(error))) from None
+    except (OverflowError, RecursionError, AttributeError, KeyError) as error:  # of values that no setting takes
+        raise ValueError(
+            f"{' and '.join(files) or 'a flag'} holds a value that no setting takes ({error}); see `{prog} --help`"
+        ) from error
     values = parser.instantiate(chosen)
     config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
     return config, {switch: values[switch] for switch in SWITCHES}
@@ -194,14 +199,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _check_file(path: Path) -> None:
     import yaml
 
-    try:
+    with reading(path, "not valid YAML", "write one `key: value` a line"):
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
         twice = _twice(yaml.compose(text, Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark is not None else ""
-        raise ValueError(f"{path} is not valid YAML{line}; write one `key: value` a line") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no configuration; write one `key: value` a line")
     if twice:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,14 @@ from s2sam.data import load_data
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.models import create_model
+from s2sam.outside import NUMBER, DamagedError, Number, check, misfit, parse_json, reading
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import load_config
 from s2sam.train.evaluate import evaluate_split
+from s2sam.train.folder import check_sealed
 from s2sam.train.state import choose_device, training_images
 
+_ENV = {"mean": [NUMBER], "std": [Number(1e-12)], "classes": [str], "data_digest": str}
 WEIGHTS = {"final": "model.safetensors", "ema": "ema.safetensors"}
 
 
@@ -66,13 +68,18 @@ def read_folder(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     if not (folder / "DONE").exists():
         raise ValueError(f"{folder} is not a finished run (no DONE file); let `s2sam train` finish it first")
     config = load_config(folder / "config.yaml")
+    said = f"{folder}/env.json does not tell how images are normalised; train the run again"
     try:
-        env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-        known = isinstance(env, dict) and {"mean", "std", "classes", "data_digest"} <= env.keys()
-    except (OSError, ValueError):
-        known = False
-    if not known:
-        raise ValueError(f"{folder}/env.json does not tell how images are normalised; train the run again")
+        with reading(folder / "env.json", "damaged", "put that file back, or train the run again"):
+            env = parse_json((folder / "env.json").read_bytes())
+            wrong = misfit(env, _ENV)
+            if wrong.startswith("it "):
+                raise DamagedError(said)
+            check(env, _ENV)
+            if len(env["mean"]) != len(env["std"]):
+                raise ValueError(f"it has {len(env['mean'])} means and {len(env['std'])} standard deviations")
+    except FileNotFoundError as error:
+        raise ValueError(said) from error
     return config, env
 
 
@@ -113,9 +120,6 @@ def load_model(
     Raises:
         ValueError: there is no such file of weights, it is torn or of another network, or the images do not fit it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / WEIGHTS[weights]
     if not path.is_file():
         hint = "the run kept no average (optim.ema 0); use --weights final" if weights == "ema" else "train it again"
@@ -127,13 +131,31 @@ def load_model(
         config.model, num_classes=len(env["classes"]), in_channels=channels, image_size=(height, width),
         generator=torch.Generator(), **config.model_options,
     )  # fmt: skip
+    tensors = read_tensors(folder, path.name)
     try:
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError, OSError) as error:
-        if isinstance(error, SafetensorError):
-            raise ValueError(f"{path} is torn; train the run again") from error
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit the network or the size of the images; give images of {config.data}'s size, or train "
             "the run again"
         ) from error
     return model
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file of a finished run.
+
+    Raises:
+        ValueError: it is torn, or not what the run wrote.
+        FileNotFoundError: it is not there.
+    """
+    from safetensors.torch import load
+
+    path = folder / name
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+    except Exception as error:  # whatever the reader stumbles over in damaged bytes
+        raise ValueError(f"{path} is torn; train the run again") from error
+    check_sealed(path, content)
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,9 +67,10 @@ def find_resume(folder: RunFolder, config: TrainConfig, resume: str, *, overwrit
         fresh = "add --resume never to train anew"
     else:
         found = _at(resume)
-        if found.run.resolve() != folder.path.resolve() and any(folder.checkpoints.glob("*.pt")) and not overwrite:
+        if found.run.resolve() != folder.path.resolve() and not overwrite and _has_own(folder, found):
             raise ValueError(
-                f"{folder.path} holds an unfinished run of its own; choose another --out, or add --overwrite"
+                f"{folder.path} holds an unfinished run of its own; go on with that one (--resume auto), choose "
+                "another --out, or add --overwrite"
             )
         fresh = f"give the settings of that run (--config {found.run / 'config.yaml'})"
     different = list(differences(config.as_dict(), found.saved["config"]))
@@ -127,8 +129,9 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[s
 def take_over(folder: RunFolder, found: Resume) -> None:
     """Make the checkpoint the folder's last.pt; before that, bring its logs and best.pt if it is from another folder.
 
-    Whenever this is interrupted, what is there can be resumed.
+    Whenever this is interrupted, the same command does it again.
     """
+    folder.unfinish()
     if found.run.resolve() != folder.path.resolve():
         for name in (*found.saved["logs"], "checkpoints/best.pt"):
             if (found.run / name).is_file():
@@ -136,6 +139,17 @@ def take_over(folder: RunFolder, found: Resume) -> None:
     last = folder.checkpoints / "last.pt"
     if found.path.resolve() != last.resolve():
         _copy(found.path, last)
+
+
+def _has_own(folder: RunFolder, found: Resume) -> bool:
+    """True if a checkpoint in the folder is no copy that :func:`take_over` made of those of the found one."""
+    copied = {"last.pt": found.path, "best.pt": found.run / "checkpoints" / "best.pt"}
+    return any(
+        path.name not in copied
+        or not copied[path.name].is_file()
+        or not filecmp.cmp(path, copied[path.name], shallow=False)
+        for path in folder.checkpoints.glob("*.pt")
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
