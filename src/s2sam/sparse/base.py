@@ -190,7 +190,7 @@ class Sparsifier(Measures):
         self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1
     ) -> dict[str, Tensor]:
         """Masks of the largest scores, as :func:`s2sam.sparse.topk.choose`; a method may choose several at once."""
-        return choose(given, budget, at_least=at_least)
+        return choose(given, budget, at_least=at_least, min_per_filter=self.min_per_filter)
 
     def budget(self, sparsity: float, distribution: Distribution, power_scale: float = 1.0) -> int | dict[str, int]:
         """How many weights to keep: in all together for "global", else in each layer."""
@@ -213,6 +213,11 @@ class Sparsifier(Measures):
     def min_per_layer(self) -> int:
         """How many weights a "global" choice leaves each layer at least."""
         return 1
+
+    @property
+    def min_per_filter(self) -> int:
+        """The option of that name: weights that each filter keeps while there are enough; 0 for methods without it."""
+        return int(getattr(self.options, "min_per_filter", 0))
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,211 @@
+"""min_per_filter: plain-Python references of the guarded choice and of an exchange, and every method with it."""
+
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from s2sam import sparsify
+from s2sam.sparse.topk import choose, class_of, global_topk, topk_mask
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sparse_support import golden, set_masks, take_step  # fmt: skip
+
+# -- the slow, obvious twin -------------------------------------------------------------------------------------------
+
+NAN_IS = torch.finfo(torch.float32).min
+
+
+def places(score_rows, k):
+    """Class, score and place of each candidate of one layer, a list of filters, each a list of scores."""
+    found = []
+    for row, values in enumerate(score_rows):
+        known = [NAN_IS if math.isnan(s) else s for s in values]
+        order = sorted((-s, i) for i, s in enumerate(known) if s != -math.inf)
+        for rank, (negative, i) in enumerate(order):
+            found.append((min(rank, k), negative, row * len(values) + i))
+    return sorted(found)
+
+
+def slow_choice(score_rows, n, k):
+    """The first n places by class, score and index, as a flat list of bool."""
+    chosen = {i for _, _, i in places(score_rows, k)[:n]}
+    return [i in chosen for i in range(sum(map(len, score_rows)))]
+
+
+def slow_global(layers, n, at_least, k):
+    """The same over several layers, each of which is sure of its own first `at_least`."""
+    ordered = []
+    for number, score_rows in enumerate(layers):
+        for place, (rank, negative, i) in enumerate(places(score_rows, k)):
+            ordered.append((-1 if place < at_least else rank, negative, number, i))
+    chosen = {(number, i) for *_, number, i in sorted(ordered)[:n]}
+    return [[(number, i) in chosen for i in range(sum(map(len, rows)))] for number, rows in enumerate(layers)]
+
+
+values = st.one_of(
+    st.sampled_from([0.0, 1.0, -1.0, 2.0, -math.inf, math.nan]), st.floats(-10, 10, width=32, allow_nan=False)
+)
+layers = st.tuples(st.integers(1, 5), st.integers(1, 5)).flatmap(
+    lambda shape: st.lists(st.lists(values, min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0])
+)
+
+
+@given(layers, st.integers(0, 3), st.data())
+def test_the_choice_equals_the_twin(score_rows, k, data):
+    candidates = sum(s != -math.inf for row in score_rows for s in row)
+    n = data.draw(st.integers(0, candidates))
+    scores = torch.tensor(score_rows)
+    for check in (True, False):
+        assert topk_mask(scores, n, check=check, min_per_filter=k).flatten().tolist() == slow_choice(score_rows, n, k)
+    with pytest.raises(
+        ValueError, match=f"cannot choose {candidates + 1} of {candidates} candidates|of {scores.numel()} s"
+    ):
+        topk_mask(scores, candidates + 1, min_per_filter=k)
+
+
+@given(st.lists(layers, min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 2), st.data())
+def test_a_choice_over_all_layers_equals_the_twin(given_layers, k, at_least, data):
+    given_layers = [[[0.0 if s == -math.inf else s for s in row] for row in rows] for rows in given_layers]
+    scores = {str(i): torch.tensor(rows) for i, rows in enumerate(given_layers)}
+    least = sum(min(at_least, s.numel()) for s in scores.values())
+    n = data.draw(st.integers(least, sum(s.numel() for s in scores.values())))
+    masks = global_topk(scores, n, at_least=at_least, min_per_filter=k)
+    assert [m.flatten().tolist() for m in masks.values()] == slow_global(given_layers, n, at_least, k)
+
+
+@given(layers, st.data())
+def test_without_a_guard_it_is_the_plain_choice(score_rows, data):
+    n = data.draw(st.integers(0, sum(s != -math.inf for row in score_rows for s in row)))
+    scores = torch.tensor(score_rows)
+    assert torch.equal(topk_mask(scores, n, min_per_filter=0), topk_mask(scores.flatten(), n).view(scores.shape))
+
+
+def test_a_budget_below_the_filters_gives_one_each_to_those_with_the_largest_scores():
+    scores = torch.tensor([[9.0, 8.0], [1.0, 7.0], [5.0, 5.0], [2.0, 3.0]])
+    assert topk_mask(scores, 3, min_per_filter=2).int().tolist() == [[1, 0], [0, 1], [1, 0], [0, 0]]
+    assert topk_mask(scores, 5, min_per_filter=2).int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 1]]
+
+
+def test_choices_of_rising_size_are_nested():
+    """What Top-KAST's two sets and gradual pruning need."""
+    scores = torch.randint(0, 9, (6, 2, 3), generator=torch.Generator().manual_seed(0)).float()
+    masks = [topk_mask(scores, n, min_per_filter=2) for n in range(37)]
+    assert all(bool((a <= b).all()) for a, b in pairwise(masks))
+
+
+def test_a_vector_has_no_filters():
+    scores = torch.tensor([3.0, 1.0, 2.0])
+    assert class_of(scores, 1).tolist() == [1, 1, 1]
+    assert choose({"a": scores, "b": torch.zeros(2, 2)}, 3, min_per_filter=1)["a"].tolist() == [True, False, False]
+
+
+def test_no_host_read_while_there_is_room_for_all_filters():
+    mask = topk_mask(torch.empty(4, 5, device="meta"), 8, check=False, min_per_filter=2)
+    assert mask.shape == (4, 5)
+
+
+# -- an exchange of one layer -----------------------------------------------------------------------------------------
+
+
+def slow_exchange(weights, active, grads, share, k, regrow):
+    """The mask after a change, as a flat list of bool, and how many weights were exchanged."""
+    width, kept_before = len(weights[0]), sum(map(sum, active))
+    sizes = [
+        [abs(w) if m else -math.inf for w, m in zip(*rows, strict=True)] for rows in zip(weights, active, strict=True)
+    ]
+    live = [row for row, flags in enumerate(active) if any(flags)]
+    n = min(math.floor(share * kept_before + 1e-9), kept_before - sum(min(k, sum(flags)) for flags in active))
+    if not regrow:
+        n = min(n, (len(live) if k else len(active)) * width - kept_before)
+    kept = slow_choice(sizes, kept_before - n, k)
+    free = [
+        (-abs(grads[row][i]), row * width + i)
+        for row in (live if k else range(len(active)))
+        for i in range(width)
+        if not (kept[row * width + i] if regrow else active[row][i])
+    ]
+    grown = {place for _, place in sorted(free)[:n]}
+    return [flag or i in grown for i, flag in enumerate(kept)], n
+
+
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    k=st.integers(0, 3),
+    regrow=st.booleans(),
+    share=st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]),
+    data=st.data(),
+)
+def test_an_exchange_equals_the_twin(shape, k, regrow, share, data):
+    numbers = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.5, 2.0, 3.0, -4.0])
+    rows = st.lists(st.lists(numbers, min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0])
+    weights, grads = data.draw(rows), data.draw(rows)
+    flags = data.draw(st.lists(st.booleans(), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).filter(any))
+    active = [flags[i : i + shape[1]] for i in range(0, len(flags), shape[1])]
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    options = {"drop_fraction": share, "delta_t": 1, "regrow_dropped": regrow, "min_per_filter": k}
+    rigl = sparsify(layer, optimizer, method="rigl", sparsity=0.0, total_steps=10**9, **options)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weights))
+    set_masks(rigl, {"weight": torch.tensor(active)})
+    before = layer.weight.detach().clone()
+    expected, n = slow_exchange(weights, active, grads, rigl.drop_fraction(1), k, regrow)
+    layer.weight.grad = torch.tensor(grads)
+    due = rigl.due(rigl.parts[0], 1)
+    optimizer.step()
+    if due:
+        assert rigl.masks["weight"].flatten().tolist() == expected
+        both = rigl.masks["weight"] & torch.tensor(active)
+        assert torch.equal(layer.weight, before * both), "the change replaces the step, and what grows starts at 0"
+    else:
+        places = (sum(map(any, active)) if k else shape[0]) * shape[1]
+        assert n == 0 or sum(flags) == places, "a step is given up only if there is something to exchange"
+        assert rigl.masks["weight"].flatten().tolist() == flags
+    assert rigl.parts[0].kept["weight"] == sum(flags)
+    assert not (rigl.masks["weight"].any(1) & ~torch.tensor(active).any(1)).any() or not k
+
+
+def test_where_the_guard_leaves_less_to_drop_fewer_are_exchanged():
+    """Five weights, of which two filters keep one each: three can go, though a share of 0.9 says four."""
+    layer, optimizer, rigl = golden(
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [5.0, 4.0, 3.0, 2.0, 1.0, 0, 0, 0, 0, 0, 0, 0],
+        "rigl",
+        total_steps=10**9,
+        delta_t=1,
+        drop_fraction=0.9,
+        regrow_dropped=False,
+    )
+    take_step(layer, optimizer, torch.tensor([[0.0] * 4, [0.0, 1.0, 2.0, 3.0], [9.0] * 4]))
+    assert rigl.last_update.dropped == rigl.last_update.grown == {"weight": 3}
+    # the second filter keeps its only weight, the weakest of all; the third stays empty, whatever its gradient
+    assert rigl.masks["weight"].int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+
+
+def test_no_step_is_given_up_for_nothing():
+    """One weight a filter: nothing can be dropped, so RigL's change, which takes the place of a step, is not due."""
+    layer, optimizer, rigl = golden(
+        [1, 0, 0, 0] * 3, [1.0, 0, 0, 0, 2.0, 0, 0, 0, 3.0, 0, 0, 0], "rigl", total_steps=100, delta_t=1
+    )
+    take_step(layer, optimizer, torch.ones(3, 4))
+    assert rigl.updates == 0
+    assert layer.weight[:, 0].tolist() == pytest.approx([0.5, 1.5, 2.5])
+
+
+def test_sign_split_spares_the_strongest_of_a_filter():
+    weights = [0.1, 0, 0, 0, -0.2, 0, 0, 0, 5.0, 4.0, -3.0, -2.0]
+    layer, optimizer, found = golden(
+        [1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1], weights, "set", delta_t=1, drop_fraction=0.7, sign_split=True
+    )
+    take_step(layer, optimizer)
+    # of the three positive ones and of the three negative ones floor(2/3 n) = 1 or 2 go, but not 0.1 and not -0.2
+    assert found.masks["weight"][:, 0].tolist() == [True, True, True]
+    assert int(found.masks["weight"].sum()) == 6
+    assert found.last_update.dropped["weight"] == found.last_update.grown["weight"] > 0
