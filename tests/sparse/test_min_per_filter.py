@@ -195,6 +195,7 @@ def test_where_the_guard_leaves_less_to_drop_fewer_are_exchanged():
         delta_t=1,
         drop_fraction=0.9,
         regrow_dropped=False,
+        min_per_filter=1,
     )
     take_step(layer, optimizer, torch.tensor([[0.0] * 4, [0.0, 1.0, 2.0, 3.0], [9.0] * 4]))
     assert rigl.last_update.dropped == rigl.last_update.grown == {"weight": 3}
@@ -205,7 +206,12 @@ def test_where_the_guard_leaves_less_to_drop_fewer_are_exchanged():
 def test_no_step_is_given_up_for_nothing():
     """One weight a filter: nothing can be dropped, so RigL's change, which takes the place of a step, is not due."""
     layer, optimizer, rigl = golden(
-        [1, 0, 0, 0] * 3, [1.0, 0, 0, 0, 2.0, 0, 0, 0, 3.0, 0, 0, 0], "rigl", total_steps=100, delta_t=1
+        [1, 0, 0, 0] * 3,
+        [1.0, 0, 0, 0, 2.0, 0, 0, 0, 3.0, 0, 0, 0],
+        "rigl",
+        total_steps=100,
+        delta_t=1,
+        min_per_filter=1,
     )
     take_step(layer, optimizer, torch.ones(3, 4))
     assert rigl.updates == 0
@@ -215,7 +221,13 @@ def test_no_step_is_given_up_for_nothing():
 def test_sign_split_spares_the_strongest_of_a_filter():
     weights = [0.1, 0, 0, 0, -0.2, 0, 0, 0, 5.0, 4.0, -3.0, -2.0]
     layer, optimizer, found = golden(
-        [1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1], weights, "set", delta_t=1, drop_fraction=0.7, sign_split=True
+        [1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1],
+        weights,
+        "set",
+        delta_t=1,
+        drop_fraction=0.7,
+        sign_split=True,
+        min_per_filter=1,
     )
     take_step(layer, optimizer)
     # of the three positive ones and of the three negative ones floor(2/3 n) = 1 or 2 go, but not 0.1 and not -0.2
