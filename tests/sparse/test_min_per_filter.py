@@ -21,12 +21,14 @@ from sparse_support import (
     attach,
     copy_masks,
     golden,
+    golden_pair,
     loss_fn,
     make_batches,
     make_net,
     one_step,
     set_masks,
     sgd,
+    step_by,
     take_step,
 )  # fmt: skip
 
@@ -216,6 +218,33 @@ def test_no_step_is_given_up_for_nothing():
     take_step(layer, optimizer, torch.ones(3, 4))
     assert rigl.updates == 0
     assert layer.weight[:, 0].tolist() == pytest.approx([0.5, 1.5, 2.5])
+
+
+def test_a_dense_layer_is_no_reason_to_give_up_a_step():
+    """Layer a has one weight in each filter, layer b all of them: neither has anything to exchange."""
+    net, optimizer, rigl = golden_pair(
+        {"a": [1, 0, 0, 0] * 3, "b": [1] * 12},
+        {"a": [1.0] * 12, "b": [1.0] * 12},
+        "rigl",
+        total_steps=100,
+        delta_t=1,
+        drop_fraction=0.5,
+        min_per_filter=1,
+    )
+    step_by(net, optimizer, [1.0] * 12, [1.0] * 12)
+    assert rigl.updates == 0
+    assert net["b"].weight.unique().tolist() == [0.5]
+
+
+def test_a_method_that_has_nothing_to_drop_says_why():
+    net = make_net()
+    with pytest.warns(
+        UserWarning, match="at sparsity 0.9 the filters keep all weights with min_per_filter=2; give a lower"
+    ):
+        sparsify(net, sgd(net), method="rigl", sparsity=0.9, delta_t=3, total_steps=60, min_per_filter=2)
+    net = make_net()
+    with pytest.warns(UserWarning, match="give a smaller delta_t, for instance 2"):
+        sparsify(net, sgd(net), method="set", sparsity=0.7, delta_t=100, total_steps=60)
 
 
 def test_sign_split_spares_the_strongest_of_a_filter():

@@ -98,7 +98,8 @@ class DropGrow(FilterGuard):
         if t > self.last_step or not self.on_grid(t):
             return False
         places = [name for name in part.layers.weights if part.kept[name] < self.open(name)]
-        return bool(places) and any(self.drop_count(part, name, t) for name in part.layers.masks)
+        names = places if self.min_per_filter else part.layers.masks  # a dense layer alone would exchange nothing
+        return bool(places) and any(self.drop_count(part, name, t) for name in names)
 
     def keep(self, part: Part, name: str, n_drop: int) -> tuple[Tensor, int]:
         """The mask without the weights to drop, and how many these are."""

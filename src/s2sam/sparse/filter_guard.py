@@ -44,6 +44,11 @@ class FilterGuard(Sparsifier):
         """How many places of the layer, taken or not, are in filters where weights may grow."""
         return self._filters[name][1] if self.min_per_filter else self.weights[name].numel()
 
+    def nothing_to_drop(self) -> bool:
+        """Whether all active weights are sure in every layer that has room for others."""
+        kept = {name: n for part in self.parts for name, n in part.kept.items() if n < self.open(name)}
+        return bool(kept) and all(n == self.sure(name) for name, n in kept.items())
+
     def closed(self, taken: Tensor, mask: Tensor) -> Tensor:
         """The places `taken`, and all those in filters that have no weight in `mask`."""
         return taken | empty_filters(mask) if self.min_per_filter else taken
