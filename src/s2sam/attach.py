@@ -81,6 +81,11 @@ def _idle(made: Sparsifier) -> str | None:
         return None
     if any(made.due(part, t) for part in made.parts for t in range(interval, steps, interval)):
         return None
+    if getattr(made, "nothing_to_drop", bool)():
+        return (
+            f"method {made.method!r} changes no mask: at sparsity {made.final_sparsity} the filters keep all weights "
+            f"with min_per_filter={made.min_per_filter}; give a lower sparsity, or min_per_filter=0 for empty filters"
+        )
     return (
         f"method {made.method!r} with delta_t={interval} changes no mask on its way through {steps} steps; give a "
         f"smaller delta_t, for instance {max(1, steps // 25)}"

@@ -120,8 +120,15 @@ def attach(
 GOLDEN = {"sparsity": 0.5, "init": "anew"}  #: some of the hand-written weights are 0 already
 
 
+def published(method: str) -> dict[str, Any]:
+    """The option by which a method does what its authors published: filters may run empty."""
+    takes = next("min_per_filter" in row.defaults for row in list_methods() if row.name == method)
+    return {"min_per_filter": 0} if takes else {}
+
+
 def golden(mask: list[int], weights: list[float], method: str, **options: Any) -> tuple[nn.Linear, Any, Sparsifier]:
-    """Linear(4, 3) with hand-written weights and mask, a change due in the first step."""
+    """Linear(4, 3) with hand-written weights and mask, a change due in the first step; as published, unless told."""
+    options = published(method) | options
     layer = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weights).view(3, 4))
@@ -137,6 +144,7 @@ def golden_pair(
     masks: dict[str, list[int]], weights: dict[str, list[float]], method: str, **options: Any
 ) -> tuple[nn.ModuleDict, Any, Sparsifier]:
     """Two layers Linear(4, 3), "a" and "b", as :func:`golden` has one."""
+    options = published(method) | options
     net = nn.ModuleDict({name: nn.Linear(4, 3, bias=False) for name in ("a", "b")})
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
     sparsifier = sparsify(net, optimizer, method=method, **{**GOLDEN, "generator": generator(), **options})

@@ -135,6 +135,14 @@ def test_paper_arms_differ_in_what_makes_an_arm_only():
         assert {k for k in first if first[k] != other[k]} <= {"method", "sharpness", "sparse"} | own
 
 
+def test_recipes_with_the_papers_numbers_let_filters_run_empty():
+    for row in registry.list_recipes():
+        config = load_config(row.name)
+        if "paper's hyper-parameters" in row.description and config.method != "dense":
+            default = registry.find(registry.list_methods(), config.method, "method").defaults.get("min_per_filter")
+            assert config.method_options.get("min_per_filter", default) in (0, None), row.name
+
+
 def test_options_of_other_methods_are_left_aside():
     sparse = SparseConfig(options={"delta_t": 7, "t_end": 0.5})
     assert TrainConfig(method="rigl", sparse=sparse).method_options == {"delta_t": 7, "t_end": 0.5}

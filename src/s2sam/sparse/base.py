@@ -224,7 +224,12 @@ class Sparsifier(LayerCounts, Measures):
         self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1
     ) -> dict[str, Tensor]:
         """Masks of the largest scores, as :func:`s2sam.sparse.topk.choose`; a method may choose several at once."""
-        return choose(given, budget, at_least=at_least)
+        return choose(given, budget, at_least=at_least, min_per_filter=self.min_per_filter)
+
+    @property
+    def min_per_filter(self) -> int:
+        """The option of that name: weights that each filter keeps while there are enough; 0 for methods without it."""
+        return int(getattr(self.options, "min_per_filter", 0))
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 

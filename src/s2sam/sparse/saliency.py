@@ -32,12 +32,17 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class SaliencyOptions:
-    """`min_per_layer`: weights that a "global" choice leaves each layer at least (all of a smaller one)."""
+    """`min_per_layer`: weights that a "global" choice leaves each layer at least (all of a smaller one).
+
+    `min_per_filter`: weights that each filter keeps at least, while there are enough; 0: as published.
+    """
 
     min_per_layer: int = 1
+    min_per_filter: int = 0
 
     def __post_init__(self) -> None:
         check_whole("min_per_layer", self.min_per_layer)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 @dataclass(frozen=True)

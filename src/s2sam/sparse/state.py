@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
         "method": sparsifier.method,
         "steps": [part.step for part in sparsifier.parts],
         "sparsity": sparsifier.final_sparsity,
+        "min_per_filter": sparsifier.min_per_filter,
         "updates": sparsifier.updates,
         "frozen": sparsifier.frozen,
         "shapes": {name: list(mask.shape) for name, mask in sparsifier.masks.items()},
@@ -70,6 +72,12 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
         raise ValueError(
             f"this state was saved with {len(saved['steps'])} optimizers, there are {len(sparsifier.parts)}; "
             "give the same list of optimizers"
+        )
+    if (before := saved.get("min_per_filter", 0)) != sparsifier.min_per_filter:  # not in older states: 0
+        warnings.warn(
+            f"this state was saved with min_per_filter={before}, the sparsifier has {sparsifier.min_per_filter}: the "
+            f"masks will move in another way than before; give min_per_filter={before} to go on as it was",
+            stacklevel=3,
         )
     masks = _unpack(sparsifier, saved["masks"])
     initial = _unpack(sparsifier, saved["initial"]) if saved["initial"] else {}

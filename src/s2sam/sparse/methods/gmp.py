@@ -36,11 +36,18 @@ class GMPOptions:
 
 @dataclass(frozen=True)
 class GMPBlockOptions(BlockChoice, GMPOptions):
-    """As above, and the block."""
+    """As above, and the block.
+
+    `min_per_filter`: how many of its largest weights (with a block: blocks) a filter keeps, while there are enough; 0:
+    as published.
+    """
+
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         BlockChoice.__post_init__(self)
         GMPOptions.__post_init__(self)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class GMP(InBlocks, Scheduled):

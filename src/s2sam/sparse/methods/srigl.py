@@ -18,7 +18,7 @@ from s2sam.sparse.methods.rigl import RigL
 from s2sam.sparse.names import select, unknown
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.topk import comparable, topk_mask
+from s2sam.sparse.topk import comparable, per_row, topk_mask
 
 
 @dataclass(frozen=True)
@@ -201,19 +201,6 @@ def constant(size: Tensor, slope: Tensor, alive: Tensor, fan_in: int, n_keep: in
     kept = topk_mask(strong, n_keep, check=False) & (strong > -torch.inf)
     kept &= per_row(strong.masked_fill(~kept, -torch.inf), fan_in)
     return per_row(slope.masked_fill(kept, torch.inf), fan_in) & rows
-
-
-def per_row(scores: Tensor, k: int) -> Tensor:
-    """A bool mask with the `k` largest scores of each slice along dim 0, of equal ones the first.
-
-    >>> per_row(torch.tensor([[1.0, 2.0, 2.0], [3.0, 1.0, 2.0]]), 1).int().tolist()
-    [[0, 1, 0], [1, 0, 0]]
-    """
-    flat = scores.flatten(1)
-    threshold = torch.topk(flat, k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, level = flat > threshold, flat == threshold
-    mask = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    return mask.view(scores.shape)
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:
