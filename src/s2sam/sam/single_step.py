@@ -60,8 +60,8 @@ class S2SAM:
         optimizer: any first-order torch optimizer, or a list of them that share one norm. It stays what it is.
         model: Module or list of Modules whose training forwards open the window. Without it use `displaced()`,
             `displace()`, or `optimizer.step(closure)`, which displaces around the closure.
-        rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts); or a
-            function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none), such
+        rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts), or
+            "sam_rho" where the optimizer has a "rho" itself; or a function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none), such
             as those of :mod:`s2sam.sam.rho`.
         direction: "gradient", g_{t-1}; "momentum", the base optimizer's buffer (SGD's contains coupled weight decay;
             `stats` logs its share); "ema", a mean of the gradients; "random", N(0, 1) on active coordinates, a control.
@@ -70,6 +70,7 @@ class S2SAM:
             (e = rho lr d with the group's learning rate when the window opens: for SGD, sign -1, direction "momentum"
             and rho = momentum this is Nesterov's point; for adaptive optimizers d is not their update), or "filter"
             (\|e_f\| = rho \|w_f\| for each slice f along dim 0; tensors with fewer than 2 dims stay where they are).
+            Norms of d below 1e-18 in fp32 count as that, so that e is then shorter.
         scope: "all", "weights" (tensors with at least 2 dims) or "norm" (what normalisation layers of `model` own).
             Parameters out of scope have no buffer and are in no norm and not in the guard.
         ema_beta: d_t = beta d_{t-1} + (1 - beta) g_t, for direction "ema".
@@ -85,7 +86,9 @@ class S2SAM:
         ValueError: an argument is out of range or without effect beside another, nothing is in scope, a function for
             rho returns no finite number >= 0, the optimizer already has a sharpness method, its hooks never fire, it
             calls closures repeatedly, or it shares no parameter with the model.
-        RuntimeError: see on_clean_grad; or the window would open while a backward runs (reentrant checkpointing).
+        RuntimeError: see on_clean_grad; the window would open, or step() is called, while a backward runs (reentrant
+            checkpointing, an optimizer inside the backward); somebody has written to displaced weights; the model no
+            longer holds the parameters. docs/guarantees.md has every case.
 
     Cost: one gradient a step, one buffer per parameter in scope ("ema": two), 52 bytes of traffic per fp32 parameter
     and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not. Sharded parameters
