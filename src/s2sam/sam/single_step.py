@@ -61,8 +61,8 @@ class S2SAM:
         model: Module or list of Modules whose training forwards open the window. Without it use `displaced()`,
             `displace()`, or `optimizer.step(closure)`, which displaces around the closure.
         rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts), or
-            "sam_rho" where the optimizer has a "rho" itself; or a function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none), such
-            as those of :mod:`s2sam.sam.rho`.
+            "sam_rho" where the optimizer has a "rho" itself; or a function of the number of finished steps, which
+            multiplies the groups' (1 where there is none), such as those of :mod:`s2sam.sam.rho`.
         direction: "gradient", g_{t-1}; "momentum", the base optimizer's buffer (SGD's contains coupled weight decay;
             `stats` logs its share); "ema", a mean of the gradients; "random", N(0, 1) on active coordinates, a control.
         sign: s, +1 (the paper) or -1 (the lookahead side).
