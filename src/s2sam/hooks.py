@@ -104,6 +104,7 @@ class StepHooks:
             None  #: set by the sharpness method: how it calls the closure
         )
         self.preview = False  #: the gradients at hand are SAM's first, which only say where to displace the weights
+        self.visits = 1  #: steps in a row that are taken on the same batch; 2 with echo
         self.looked_after: list[Callable[[], Iterable[Tensor]]] = []  #: weights that no other optimizer may move
         self._phases: list[tuple[Phase, PhaseFunction]] = []
         self._context: StepContext | None = None
@@ -264,12 +265,12 @@ class _Bystanders:
     """Other optimizers: one that steps on weights which S2SAM or a sparsifier looks after is told so beforehand.
 
     It would move displaced weights, and bring pruned ones back to life. Torch calls :meth:`check` before the step of
-    any optimizer; what was found is kept on it until somebody attaches or its parameters change.
+    any optimizer; that one is harmless is remembered until somebody attaches or its parameters change.
     """
 
     watched: ClassVar[weakref.WeakSet[StepHooks]] = weakref.WeakSet()
     changes: ClassVar[int] = 0  #: how often the set above has changed
-    _KEY = "_s2sam_bystander"
+    harmless: ClassVar[weakref.WeakKeyDictionary[Optimizer, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
     @classmethod
     def watch(cls, hooks: StepHooks) -> None:
@@ -288,8 +289,8 @@ class _Bystanders:
     @classmethod
     def check(cls, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise RuntimeError if `optimizer` is about to step on weights that are looked after through another one."""
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if vars(optimizer).get(cls._KEY) == (cls.changes, size):
+        now = cls.changes, sum(len(group["params"]) for group in optimizer.param_groups)
+        if cls.harmless.get(optimizer) == now:
             return
         if cls._owner(optimizer) is not None:
             gc.collect()  # an optimizer that nobody holds any longer lives on in a circle with its hooks
@@ -302,7 +303,7 @@ class _Bystanders:
                 "weights would be moved, or pruned ones come back to life; call .remove() on what is attached to the "
                 "old optimizer and attach to the new one, or attach to a list of both"
             )
-        vars(optimizer)[cls._KEY] = (cls.changes, size)
+        cls.harmless[optimizer] = now
 
     @classmethod
     def _owner(cls, optimizer: Optimizer) -> StepHooks | None:
