@@ -339,7 +339,15 @@ def looks(rank, folder):
             prefetched = whole(model(x))
         else:
             prefetched = whole(model(x))
+        sam.restore()
+        optimizer.param_groups[0]["rho"] = 2 * RHO  # the window opens at the old x, twice as far away
+        model(x)
+        doubled = distance(own(optimizer), w)
+        sam.remove()
+        evaluate(model, x)  # while its root is gathered, a model lists other parameters than its optimizer
+        assert S2SAM(optimizer, model=model, scope="norm").step == 0
         found[name] = {
+            "doubled": doubled,
             "w": [at_w, look, clean, closed],
             "x": [at_x, again, after_clean, after_error, prefetched],
             "distance": distance(moved, w),

@@ -55,6 +55,15 @@ def saved(tmp_path_factory):
     return run
 
 
+def test_importing_s2sam_and_sam_loads_nothing_of_dtensors():
+    code = (
+        "import sys, s2sam.sam.two_step, s2sam.sam.single_step;"
+        "print(any(name.startswith('torch.distributed.tensor') for name in sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert run.stdout == "False\n", run.stderr
+
+
 def check_case(results, name):
     """Every rank has the weights, the displacements and the numbers of one process on the whole batches."""
     run, _way, factory, options = (ranks.CASES | ranks.CASES4)[name.removesuffix("-float32")]
@@ -113,6 +122,7 @@ def test_every_forward_sees_the_weights_that_it_should(saved, way):
         found = rank["looks"][way]
         assert found["distance"] == pytest.approx(ranks.RHO, rel=1e-6)
         assert found["back"] == 0  # restored exactly
+        assert found["doubled"] == pytest.approx(2 * ranks.RHO, rel=1e-6)
         assert all(torch.equal(out, found["w"][0]) for out in found["w"][1:])
         assert all(torch.equal(out, found["x"][0]) for out in found["x"][1:])
         for out, plain in zip((found["w"][0], found["x"][0]), found["plain"], strict=True):
