@@ -18,7 +18,7 @@ from sam_common import FACTORIES
 from s2sam import S2SAM
 from s2sam.sam.two_step import SAM
 
-STEPS, RHO, CLASSES = 22, 0.3, 4
+STEPS, RHO, CLASSES = 21, 0.3, 4
 
 
 class Net(nn.Module):
@@ -123,7 +123,7 @@ def distance(a, b):
 
 
 def train(way, factory, rank, options, dtype=torch.float64, parts=1):
-    """22 steps: two micro-batches every third, an evaluation in the window every fourth, a bad batch, on one rank."""
+    """21 steps: two micro-batches every third, an evaluation in the window every fourth, a bad batch, on one rank."""
     net = make_net(dtype)
     model = WAYS[way](net)
     optimizer = FACTORIES[factory](net.parameters())
@@ -156,7 +156,7 @@ def train(way, factory, rank, options, dtype=torch.float64, parts=1):
 
 
 def train_sam(way, factory, rank, options, dtype=torch.float64, parts=1):
-    """22 steps of two-step SAM."""
+    """21 steps of two-step SAM."""
     net = make_net(dtype)
     model = WAYS[way](net)
     optimizer = FACTORIES[factory](net.parameters())
@@ -182,34 +182,43 @@ def train_sam(way, factory, rank, options, dtype=torch.float64, parts=1):
     return {"weights": weights(net), "radii": points}
 
 
-COMMON = [
-    ("sgd", {}),
-    ("adamw", {}),
-    ("sgd", {"direction": "momentum"}),
-    ("adamw", {"direction": "momentum"}),
-    ("sgd", {"direction": "ema"}),
-    ("adamw", {"direction": "random"}),
-    ("sgd", {"scale": "relative"}),
-    ("sgd", {"scale": "asam"}),
-]
-FSDP_ONLY = [
-    ("sgd-foreach", {}),  # these steps of torch take no mixture of DTensors and others, nor fused SGD a DTensor
-    ("adamw-fused", {}),
-    ("adamw-foreach", {"scale": "asam"}),
-    ("sgd", {"scale": "step"}),
-    ("sgd", {"scale": "filter"}),
-    ("sgd", {"scope": "weights"}),
-    ("sgd", {"scope": "norm"}),
-]
+TABLES = {
+    "fsdp": [
+        ("sgd", {}),
+        ("adamw", {}),
+        ("adamw-fused", {}),
+        ("sgd", {"direction": "momentum"}),
+        ("adamw", {"direction": "ema"}),
+        ("adamw", {"direction": "random"}),
+        ("sgd", {"scale": "relative"}),
+        ("adamw-foreach", {"scale": "asam"}),
+        ("sgd", {"scale": "step"}),
+        ("sgd", {"scale": "filter"}),
+        ("sgd", {"scope": "norm"}),
+    ],
+    "tp": [  # torch's foreach and fused steps take no mixture of DTensors and others
+        ("sgd", {}),
+        ("adamw", {}),
+        ("adamw", {"direction": "momentum"}),
+        ("sgd", {"direction": "ema"}),
+        ("sgd", {"direction": "random"}),
+        ("sgd", {"scale": "relative"}),
+        ("sgd", {"scale": "asam"}),
+    ],
+}
 CASES = {
     f"{way}-{factory}-{'-'.join(options.values()) or 'default'}": (train, way, factory, options)
-    for way, table in (("fsdp", COMMON + FSDP_ONLY), ("tp", COMMON))
+    for way, table in TABLES.items()
     for factory, options in table
 }
 CASES |= {
     f"sam-{way}-{factory}-{scale}": (train_sam, way, factory, {"scale": scale})
-    for way in ("fsdp", "tp")
-    for factory, scale in [("sgd", "norm"), ("adamw", "norm"), ("sgd", "relative"), ("sgd", "asam")]
+    for way, factory, scale in [
+        ("fsdp", "sgd", "norm"),
+        ("fsdp", "adamw", "relative"),
+        ("tp", "adamw", "norm"),
+        ("tp", "sgd", "asam"),
+    ]
 }
 CASES4 = {
     "both-sgd-default": (train, "both", "sgd", {}),
@@ -221,7 +230,7 @@ CASES4 = {
 
 
 PARTS = {"fsdp": 2, "tp": 1, "both": 2, "hsdp": 4}  # shares of a batch
-SINGLE = ("fsdp-sgd-default", "fsdp-adamw-default", "tp-sgd-default", "tp-adamw-default", "sam-fsdp-sgd-norm")
+SINGLE = ("fsdp-sgd-default", "tp-adamw-default", "sam-fsdp-sgd-norm")
 
 
 def case_names(table):
@@ -229,18 +238,31 @@ def case_names(table):
     return [*table, *(f"{name}-float32" for name in SINGLE if name in table)]
 
 
-def cases(rank, world, folder, table=CASES):
-    """Train every case."""
+def cases(rank, start, table=CASES):
+    """Train the cases whose names begin like this."""
     found = {}
     for name in case_names(table):
-        run, way, factory, options = table[name.removesuffix("-float32")]
-        dtype = torch.float32 if name.endswith("-float32") else torch.float64
-        found[name] = run(way, factory, rank // 2 if way == "both" else rank, options, dtype, PARTS[way])
+        if name.startswith(start):
+            run, way, factory, options = table[name.removesuffix("-float32")]
+            dtype = torch.float32 if name.endswith("-float32") else torch.float64
+            found[name] = run(way, factory, rank // 2 if way == "both" else rank, options, dtype, PARTS[way])
     return found
 
 
-def cases4(rank, world, folder):
-    return cases(rank, world, folder, CASES4)
+def fsdp_cases(rank, folder):
+    return cases(rank, "fsdp")
+
+
+def tp_cases(rank, folder):
+    return cases(rank, "tp")
+
+
+def sam_cases(rank, folder):
+    return cases(rank, "sam")
+
+
+def cases4(rank, folder):
+    return cases(rank, "", CASES4)
 
 
 # Windows
@@ -281,7 +303,7 @@ def evaluate(model, x):
     return whole(out)
 
 
-def looks(rank, world, folder):
+def looks(rank, folder):
     """Outputs at w and x, and whether the weights were there, in every order of training and evaluation forwards."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -317,7 +339,15 @@ def looks(rank, world, folder):
             prefetched = whole(model(x))
         else:
             prefetched = whole(model(x))
+        sam.restore()
+        optimizer.param_groups[0]["rho"] = 2 * RHO  # the window opens at the old x, twice as far away
+        model(x)
+        doubled = distance(own(optimizer), w)
+        sam.remove()
+        evaluate(model, x)  # while its root is gathered, a model lists other parameters than its optimizer
+        assert S2SAM(optimizer, model=model, scope="norm").step == 0
         found[name] = {
+            "doubled": doubled,
             "w": [at_w, look, clean, closed],
             "x": [at_x, again, after_clean, after_error, prefetched],
             "distance": distance(moved, w),
@@ -327,7 +357,7 @@ def looks(rank, world, folder):
     return found
 
 
-def without_a_model(rank, world, folder):
+def without_a_model(rank, folder):
     """Nobody tells S2SAM which module gathers the weights."""
     found = {}
     for way in ("fsdp", "tp"):
@@ -345,7 +375,7 @@ def without_a_model(rank, world, folder):
     return found
 
 
-def graphs(rank, world, folder):
+def graphs(rank, folder):
     """Gradients of a look whose backward comes at x; and a backward that comes after its weights have moved."""
     found = {}
     for way in ("fsdp", "tp"):
@@ -378,7 +408,7 @@ def graphs(rank, world, folder):
     return found
 
 
-def agreement(rank, world, folder):
+def agreement(rank, folder):
     """One entry of one shard of one rank is not finite: (weights moved, steps skipped) of such a step and the next."""
     found = {}
     for way, factory, scaled in [
@@ -424,7 +454,7 @@ def agreement(rank, world, folder):
     return found
 
 
-def checkpoints(rank, world, folder):
+def checkpoints(rank, folder):
     """What is saved in an open window, and whether a fresh process goes on from there as the old one does."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -490,7 +520,7 @@ def checkpoints(rank, world, folder):
     return found
 
 
-def refusals(rank, world, folder):
+def refusals(rank, folder):
     """The sentence of every refusal, and that the weights and the optimizer are what they were."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -550,9 +580,73 @@ def refusals(rank, world, folder):
     return found
 
 
+def norms4(rank, folder):
+    """Norms, products and finiteness of one list on several meshes, here and as one process sees them."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    from s2sam.sam.norms import all_finite, total_dot, total_norm
+    from s2sam.sam.scales import SCALES
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    line = init_device_mesh("cpu", (4,))
+    places = [
+        (line, [Shard(0)]),
+        (line, [Replicate()]),
+        (mesh, [Shard(0), Shard(1)]),
+        (mesh, [Replicate(), Shard(0)]),
+        (mesh["b"], [Shard(1)]),
+        (None, None),
+    ]
+    g = torch.Generator().manual_seed(0)
+    found = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        shapes = [(5, 3), (1, 4), (3, 2), (2, 3)]  # empty, uneven
+        wholes = [torch.randn(shape, generator=g).to(dtype) for _ in places for shape in shapes]
+        others = [torch.randn(t.shape, generator=g).to(dtype) for t in wholes]
+
+        def spread(tensors, shapes=shapes):
+            meshes = [place for place in places for _ in shapes]
+            return [t if m is None else distribute_tensor(t, m, p) for t, (m, p) in zip(tensors, meshes, strict=True)]
+
+        a, b = spread(wholes), spread(others)
+        found[str(dtype)] = {
+            name: [float(compute(a, b)), float(compute(wholes, others))]
+            for name, compute in {
+                "norm": lambda a, b: total_norm(a),
+                "norm with a floor": lambda a, b: total_norm(a, floor=True),
+                "product": total_dot,
+                "asam": lambda a, b: SCALES["asam"].direction_norm(a, b),
+                "finite": lambda a, b: all_finite(a),
+                "nothing": lambda a, b: total_norm([t * 0 for t in a], floor=True),
+            }.items()
+        }
+    if rank == 2:
+        a[0].to_local()[:] = float("inf")  # this rank alone has it
+    found["one infinite"] = all_finite(a)
+    return found
+
+
+def outside4(rank, folder):
+    """Training on a mesh that half of the ranks are not in: they have nothing to do, and wait for nobody."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh("cpu", [0, 1])
+    p = nn.Parameter(distribute_tensor(torch.ones(4, dtype=torch.float64), mesh, [Shard(0)]))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    sam = S2SAM(optimizer, rho=RHO, stats_every=1)
+    for _ in range(3):
+        sam.displace()
+        p.grad = distribute_tensor(torch.arange(4.0, dtype=torch.float64), mesh, [Shard(0)])
+        optimizer.step()
+    return {"displacement": sam.stats["displacement"], "shard": p.to_local().detach()}
+
+
 JOBS = {
-    "cases": (cases,),
-    "cases4": (cases4,),
+    "fsdp": (fsdp_cases,),
+    "tp": (tp_cases,),
+    "sam": (sam_cases,),
+    "cases4": (cases4, norms4, outside4),
     "windows": (looks, without_a_model, agreement, refusals, graphs),
     "checkpoints": (checkpoints,),
 }
@@ -564,7 +658,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save({f.__name__: f(rank, world, folder) for f in JOBS[job]}, folder / f"rank{rank}.pt")
+    torch.save({f.__name__: f(rank, folder) for f in JOBS[job]}, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -163,7 +163,7 @@ def test_an_exchange_equals_the_twin(shape, k, regrow, share, data):
     weights, grads = data.draw(rows), data.draw(rows)
     flags = data.draw(st.lists(st.booleans(), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).filter(any))
     active = [flags[i : i + shape[1]] for i in range(0, len(flags), shape[1])]
-    zero = sum(w == 0 for w, flag in zip(sum(weights, []), flags, strict=True) if flag)
+    zero = sum(w == 0 for w, flag in zip(itertools.chain(*weights), flags, strict=True) if flag)
     assume(2 * zero <= sum(flags))  # a step says so if most active weights are 0
     layer = nn.Linear(shape[1], shape[0], bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

@@ -85,10 +85,11 @@ class S2SAM:
     Raises:
         ValueError: an argument is out of range or without effect beside another, nothing is in scope, a function for
             rho returns no finite number >= 0, the optimizer already has a sharpness method, its hooks never fire, it
-            calls closures repeatedly, or it shares no parameter with the model.
+            calls closures repeatedly, it shares no parameter with the model, or they are sharded by FSDP1.
         RuntimeError: see on_clean_grad; the window would open, or step() is called, while a backward runs (reentrant
-            checkpointing, an optimizer inside the backward); somebody has written to displaced weights; the model no
-            longer holds the parameters. docs/guarantees.md has every case.
+            checkpointing, an optimizer inside the backward), or inside a forward for which FSDP2 has gathered the
+            weights already; somebody has written to displaced weights; the model no longer holds the parameters.
+            docs/guarantees.md has every case.
 
     Cost: one gradient a step, one buffer per parameter in scope ("ema": two), 52 bytes of traffic per fp32 parameter
     and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not. Sharded parameters
