@@ -94,5 +94,5 @@ def coefficients(blocks: Sequence[Block], scale: Scale, sign: int) -> dict[int, 
             n * block.twin.clear if isinstance(block.twin, Flag) else n for n, block in zip(norms, new, strict=True)
         ]
     d_norm = norms[0] if len(new) == 1 else total_norm(norms, floor=True)
-    w_norm = total_norm([p for block in new for p in block.p]) if scale.relative else None
-    return {id(k): scale.coefficient(sign * k.rho, d_norm, w_norm).to(k.p[0].device) for k in new}
+    unit = scale.unit([p for block in new for p in block.p])
+    return {id(k): scale.coefficient(sign * k.rho, d_norm, unit).to(k.p[0].device) for k in new}

@@ -59,6 +59,21 @@ def global_norm(norm: Callable[..., Tensor], over: Sequence[Tensor], *lists: Seq
     return (square + floor * FLOOR**2).sqrt().to(real(over[0]))
 
 
+def root_of_count(tensors: Sequence[Tensor]) -> Tensor:
+    """sqrt(p) for the number p of entries that are not 0, over all tensors and ranks.
+
+    Cost: one read of the tensors, a call for each of them.
+
+    Example:
+        >>> root_of_count([torch.tensor([3.0, 0.0]), torch.ones(3)])
+        tensor(2.)
+    """
+    if has_shards(tensors):
+        return global_norm(root_of_count, tensors, tensors, floor=False)
+    count = torch.stack([torch.count_nonzero(t).to(tensors[0].device) for t in tensors]).sum()
+    return count.to(real(tensors[0])).sqrt()
+
+
 def total_dot(a: Sequence[Tensor], b: Sequence[Tensor], *, over: Sequence[Tensor] | None = None) -> Tensor:
     """Re <a, b> over all entries, accumulated like :func:`total_norm`, which tells what `over` is."""
     if has_shards(a if over is None else over):

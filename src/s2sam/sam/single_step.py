@@ -32,11 +32,14 @@ from s2sam.sam.looks import Looks
 from s2sam.sam.model_hooks import Places, check_models, hook_models
 from s2sam.sam.norms import all_finite, largest
 from s2sam.sam.options import Options, paper_options
+from s2sam.sam.rho import every_second
 from s2sam.sam.scales import SCALES
 from s2sam.sam.scope import Scope
 from s2sam.sam.sharded import address, any_rank, check_sharding, has_shards, place_gradients
 from s2sam.sam.slot import Slot
 from s2sam.sam.stats import Stats
+
+ECHO_SCALE, ECHO_RHO = "relative", 0.04  #: see S2SAM.echo
 
 
 class S2SAM:
@@ -70,7 +73,8 @@ class S2SAM:
             (e = rho lr d with the group's learning rate when the window opens: for SGD, sign -1, direction "momentum"
             and rho = momentum this is Nesterov's point; for adaptive optimizers d is not their update), or "filter"
             (\|e_f\| = rho \|w_f\| for each slice f along dim 0; tensors with fewer than 2 dims stay where they are).
-            Norms of d below 1e-18 in fp32 count as that, so that e is then shorter.
+            "rms": \|e\| = rho sqrt(p) for the p weights that are not 0, so that rho is a size per active weight. Norms
+            of d below 1e-18 in fp32 count as that, so that e is then shorter.
         scope: "all", "weights" (tensors with at least 2 dims) or "norm" (what normalisation layers of `model` own).
             Parameters out of scope have no buffer and are in no norm and not in the guard.
         ema_beta: d_t = beta d_{t-1} + (1 - beta) g_t, for direction "ema".
@@ -178,6 +182,123 @@ class S2SAM:
             ('gradient', 1)
         """
         return cls(optimizer, model=model, rho=rho, **paper_options(rho, options))
+
+    @classmethod
+    def echo(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = ECHO_RHO,
+        scale: str = ECHO_SCALE,
+        period: int | None = None,
+        **options: Any,
+    ) -> S2SAM:
+        r"""Single-step SAM with SAM's own mechanism: each batch twice, the second visit displaced by the first one.
+
+        .. math::
+            g_{2k} = \nabla L_k(w_{2k}), \qquad
+            g_{2k+1} = \nabla L_k(w_{2k+1} + \rho\, g_{2k} / \|g_{2k}\|)
+
+        SAM's force needs the gradient of the *same* batch; that of the batch before, which the paper uses, acts as a
+        momentum filter. Here the direction of every displaced step is the same batch's. Give every batch twice in a
+        row: `for x, y in s2sam.data.echo(loader)`. One gradient a step, no further buffer, half as many distinct
+        batches for the same number of steps. Updates of masks fall on first visits: growth sees the gradient at w.
+
+        Args:
+            optimizer: as in the class.
+            model: as in the class.
+            rho: radius of the second visits, in units of the scale.
+            scale: as in the class.
+            period: steps after which the visits begin anew with a first one, for trainings of an odd number of steps
+                that follow one another.
+            options: what else the class takes, but direction, sign and a function for rho.
+
+        Raises:
+            ValueError: an option that would make it something else; or as the class.
+
+        Caveats: a gain was seen where a network over-fits or labels are wrong, with ||e|| of percents of ||w||, and
+        none where it underfits (docs/echo.md). Too large a radius ends in chance accuracy. A step that a GradScaler
+        skips must be counted by :meth:`missed_step`, or first and second visits change places.
+
+        Example:
+            >>> w = nn.Parameter(torch.tensor([3.0]))
+            >>> optimizer = torch.optim.SGD([w], lr=0.1)
+            >>> sam = S2SAM.echo(optimizer, rho=0.5, scale="norm")
+            >>> for _ in range(2):                             # both visits of one batch
+            ...     with sam.displaced():
+            ...         (w ** 2).sum().div(2).backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            >>> w.data                                         # 2.7 - 0.1 * (2.7 + 0.5)
+            tensor([2.3800])
+        """
+        fixed = {"direction": "gradient", "sign": 1}
+        for name, value in options.items():
+            if name in fixed and value != fixed[name]:
+                raise ValueError(f"S2SAM.echo means {name}={fixed[name]!r}; for {name}={value!r} call S2SAM itself")
+        if callable(rho):
+            raise ValueError("S2SAM.echo has a schedule of its own; give rho as a number")
+        made = cls(optimizer, model=model, rho=every_second(rho, period), scale=scale, **options)
+        for o in made.optimizers:
+            step_hooks(o).visits = 2
+        return made
+
+    @classmethod
+    def momentum(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = 0.02,
+        **options: Any,
+    ) -> S2SAM:
+        """MSAM: e = -rho ||w|| m / ||m|| along the optimizer's own momentum (arXiv:2401.12033), no further buffer of d.
+
+        Caveats: like every displacement that is linear in past gradients it is another momentum filter; with
+        rho ||w|| = lr mu ||m|| it is Nesterov's method. Compare with `nesterov=True`.
+
+        Args:
+            optimizer: as in the class; it needs momentum.
+            model: as in the class.
+            rho: ||e|| over ||w||; start from 0.02.
+            options: what else the class takes.
+
+        Example:
+            >>> sam = S2SAM.momentum(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9))
+            >>> sam.direction, sam.sign
+            ('momentum', -1)
+        """
+        preset: dict[str, Any] = {"direction": "momentum", "sign": -1, "scale": "relative"}
+        return cls(optimizer, model=model, rho=rho, **preset | options)
+
+    @classmethod
+    def noise(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = 0.01,
+        **options: Any,
+    ) -> S2SAM:
+        """Isotropic noise, e = rho z with z ~ N(0, 1) on active weights (Anti-PGD, arXiv:2202.02831): a control.
+
+        It penalises the trace of the Hessian by rho^2 / 2 for any batch size, so rho is a size per weight.
+
+        Caveats: what it gains a sharpness method must beat to have gained by its direction.
+
+        Args:
+            optimizer: as in the class.
+            model: as in the class.
+            rho: root mean square of the noise of one weight; start from 0.01.
+            options: what else the class takes, such as `generator`.
+
+        Example:
+            >>> sam = S2SAM.noise(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+            >>> sam.direction
+            'random'
+        """
+        return cls(optimizer, model=model, rho=rho, **{"direction": "random", "scale": "rms"} | options)
 
     def __reduce__(self) -> tuple[type[DetachedCopy], tuple[str, str]]:
         return DetachedCopy, (
@@ -303,8 +424,9 @@ class S2SAM:
     def stats(self) -> dict[str, float]:
         """What was measured last (see `stats_every`), as floats; reading it waits for the device.
 
-        step, displacement ||x - w||, projection (of x - w on the intended direction), gradient_norm (unscaled, of
-        active weights), alignment (cosine of g_t and the direction used), skipped (steps so far), decay_share.
+        step, displacement ||x - w||, relative (that over ||w||), projection (of x - w on the intended direction),
+        gradient_norm (unscaled, of active weights), alignment (cosine of g_t and the direction used), skipped (steps so
+        far), decay_share.
         """
         return self._stats.read(self.step)
 
@@ -343,6 +465,7 @@ class S2SAM:
             handle.remove()
         self._handles.clear()
         for slot in self._slots:
+            step_hooks(slot.optimizer).visits = 1
             release_sharpness(step_hooks(slot.optimizer))
             slot.clear()
 

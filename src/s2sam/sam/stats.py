@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2sam.hooks import StepContext
 from s2sam.sam.directions import Momentum
-from s2sam.sam.norms import total_dot, total_norm, widen
+from s2sam.sam.norms import FLOOR, total_dot, total_norm, widen
 from s2sam.sam.scales import Scale
 from s2sam.sam.sharded import shard
 
@@ -63,7 +63,7 @@ class Stats:
             self._values["decay_share"] = total_norm(decay) / total_norm(momentum)
 
     def after_displace(self, sign: int) -> None:
-        """||x - w|| and the projection of x - w on the intended direction."""
+        """||x - w||, the same over ||w||, and the projection of x - w on the intended direction."""
         moves: list[Tensor] = []
         aims: list[Tensor] = []
         owners = [p for block, _ in self._pending for p in block.p]
@@ -71,14 +71,16 @@ class Stats:
             x, w, _ = block.lists()
             moves += [widen(p.detach()) - b for p, b in zip(x, w, strict=True)]
             aims += [a * (1 if block.twin is True else sign) for a in aim]
-        self._pending = []
+        clean = [kept for block, _ in self._pending for kept in block.lists()[1]]
         self._values["displacement"] = total_norm(moves, over=owners)
+        self._values["relative"] = self._values["displacement"] / total_norm(clean, over=owners).clamp_min(FLOOR)
+        self._pending = []
         length = total_norm(aims, over=owners)
         self._values["projection"] = (total_dot(moves, aims, over=owners) / length).nan_to_num(0.0)
 
     def no_displacement(self) -> None:
         """This step's forward ran at w: no direction yet, or rho = 0."""
-        self._values["displacement"] = self._values["projection"] = 0.0
+        self._values["displacement"] = self._values["relative"] = self._values["projection"] = 0.0
         self._values.pop("alignment", None)
 
     def at_step(self, slot: Slot, context: StepContext, sign: int) -> None:

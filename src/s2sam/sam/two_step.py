@@ -24,11 +24,11 @@ from s2sam.hooks import (
 from s2sam.sam.displacement import pieces, restore_
 from s2sam.sam.model_hooks import check_models
 from s2sam.sam.norms import all_finite, total_norm
-from s2sam.sam.scales import SCALES
+from s2sam.sam.scales import SCALES, fixed
 from s2sam.sam.sharded import check_sharding, has_shards, local, place_gradients, refuse_inside_forward, weights_move
 from s2sam.tensors import by_kind
 
-SAM_SCALES = ("norm", "relative", "asam")  #: of SCALES
+SAM_SCALES = ("norm", "relative", "asam", "filter", "rms")  #: of SCALES; "step" has no norm of its own
 
 
 class SAM:
@@ -46,7 +46,7 @@ class SAM:
         optimizer: any first-order torch optimizer.
         model: Module or list of Modules whose buffers the second pass must not change.
         rho: radius, >= 0, put into every param_group that has no "rho" of its own.
-        scale: "norm", "relative" or "asam", as in :class:`~s2sam.sam.single_step.S2SAM`.
+        scale: "norm", "relative", "asam", "filter" or "rms", as in :class:`~s2sam.sam.single_step.S2SAM`.
 
     Raises:
         ValueError: as S2SAM.
@@ -137,10 +137,11 @@ class SAM:
             shards = [local(ps) for _, ps in blocks]
             weights = [list(torch._foreach_mul(ps, 1)) for ps in shards]
             norm = total_norm([self.scale.direction_norm(g, ps) for g, (_, ps) in zip(gradients, blocks, strict=True)])
-            size = total_norm([p for _, ps in blocks for p in ps]) if self.scale.relative else None
+            unit = self.scale.unit([p for _, ps in blocks for p in ps])
             self._moves(blocks)
             for g, (rho, _), ps in zip(gradients, blocks, shards, strict=True):
-                c = self.scale.coefficient(rho, norm, size).to(ps[0].device)
+                c = fixed(rho, ps[0]) if not self.scale.common else self.scale.coefficient(rho, norm, unit)
+                c = c.to(ps[0].device)
                 for w, d in pieces(ps, local(g)):
                     torch._foreach_add_(w, torch._foreach_mul(self.scale.shaped(d, w), c))
         torch.clear_autocast_cache()  # copies of the weights in an open autocast context, which moving in place leaves

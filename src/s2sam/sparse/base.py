@@ -353,7 +353,7 @@ class Sparsifier(LayerCounts, Measures):
             self._explored = {name: mask.clone() for name, mask in self._initial.items()}
             self._stayed = {name: mask.clone() for name, mask in self._initial.items()}
         old = {name: mask.clone() for name, mask in masks.items()}
-        part.layers.set_(self.next_masks(part, part.step))
+        part.layers.set_(self.next_masks(part, part.plan_step or part.step))
         sync.broadcast_masks(masks)
         part.change(masks, old)
         for name, mask in masks.items():

@@ -137,7 +137,7 @@ class GrowByGradient(Sparsifier):
 
     def look(self, part: Part) -> None:
         """Keep |dL/dw| if the step is due; else forget the last one."""
-        weights = part.layers.weights.items() if self.due(part, part.step + 1) else ()
+        weights = part.layers.weights.items() if part.due_at(part.step + 1) else ()
         self._seen[part] = {name: scores.gradient_magnitude(w) for name, w in weights if w.grad is not None}
 
     def grow_scores(self, part: Part, name: str) -> Tensor | None:
