@@ -16,7 +16,9 @@ def make(n=11, size=3, visits=2, seed=0):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(p, q) for one, two in zip(a, b) for p, q in zip(one, two))
+    return len(a) == len(b) and all(
+        torch.equal(p, q) for x, y in zip(a, b, strict=True) for p, q in zip(x, y, strict=True)
+    )
 
 
 @pytest.mark.parametrize("n", [11, 12, 15])

@@ -200,5 +200,5 @@ def test_a_loader_keeps_its_length_and_its_sampler():
     twice = echo(loader)
     assert len(twice) == 8 and twice.sampler is sampler
     seen = [x.tolist() for (x,) in twice]
-    assert seen[::2] == seen[1::2] and sorted(sum(seen[::2], [])) == list(range(10))
+    assert seen[::2] == seen[1::2] and sorted(itertools.chain(*seen[::2])) == list(range(10))
     assert list(echo(iter("ab"))) == ["a", "a", "b", "b"]
