@@ -93,7 +93,11 @@ def attach(
     """
     options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
     if info.name in ("gmp", "granet", "str"):
-        options |= {"initial_sparsity": (kw.get("sparsity") or 0.7) / 2, "t_start": 0.0, "t_end": 0.2}
+        options |= {
+            "initial_sparsity": (0.7 if kw.get("sparsity") is None else kw["sparsity"]) / 2,
+            "t_start": 0.0,
+            "t_end": 0.2,
+        }
     if info.name == "ac-dc":  # compressed, dense, compressed, dense, and compressed from step 15 on
         options |= {"t_start": delta_t / 60, "t_end": 0.25}
     if info.name == "dsr":
