@@ -30,8 +30,8 @@ def topk_mask(scores: Tensor, k: int, *, check: bool = True, min_per_filter: int
     NaN counts as the smallest finite number: it ranks lowest among the candidates. -inf marks positions that are no
     candidates. `check=False` leaves out the one host read that counts the candidates, for callers that know there are
     enough. `min_per_filter`: the guard that the module describes. Cost: one `torch.topk` and one cumulative sum; for
-    many scores on a CPU one `numpy.partition`. The guard adds a `torch.topk` in each row, and, if `k` is smaller than
-    `min_per_filter` times the number of rows, a host read and perhaps a sort.
+    many scores on a CPU one `numpy.partition`. The guard adds the maximum of each row (above 1 a sort of each), and, if
+    `k` is smaller than `min_per_filter` times the number of rows, a host read and perhaps a sort of what is sure.
 
     >>> topk_mask(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2).tolist()
     [True, True, False, False]
@@ -89,11 +89,16 @@ def class_of(scores: Tensor, min_per_filter: int) -> Tensor:
     >>> class_of(torch.tensor([[4.0, 3.0, 5.0], [2.0, -torch.inf, -torch.inf]]), 2).tolist()
     [[1, 2, 0], [0, 2, 2]]
     """
-    found = torch.full(scores.shape, min_per_filter, dtype=torch.int32, device=scores.device)
     wide = comparable(scores)
-    for k in range(1, min_per_filter + 1) if scores.dim() > 1 and scores.numel() else ():
-        found -= per_row(wide, k).int()
-    return found.masked_fill_(wide == -torch.inf, min_per_filter)
+    rank = torch.full(wide.shape, min_per_filter, dtype=torch.int64, device=wide.device)
+    if min_per_filter and wide.dim() > 1 and wide.numel():
+        if min_per_filter == 1:
+            rank -= per_row(wide, 1).long()
+        else:
+            order = torch.sort(wide.flatten(1), dim=1, descending=True, stable=True).indices
+            places = torch.arange(order.shape[1], device=wide.device).clamp(max=min_per_filter)
+            rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order)).view(wide.shape)
+    return rank.masked_fill(wide == -torch.inf, min_per_filter)
 
 
 def _by_class(flat: Tensor, rank: Tensor, ordinary: int, k: int, *, check: bool = True) -> Tensor:
