@@ -112,6 +112,13 @@ class Number:
         return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
+@dataclass(frozen=True)
+class Row:
+    """A list of at least one element, each of this shape."""
+
+    shape: Any
+
+
 NUMBER, SHARE, COUNT, POSITIVE = Number(), Number(0, 1), Number(0, whole=True), Number(0)
 OPTIONAL = (NUMBER, None)
 
@@ -119,8 +126,9 @@ OPTIONAL = (NUMBER, None)
 def misfit(value: Any, shape: Any, name: str = "it") -> str:
     """Where a plain value is not of a shape, in words; "" if it is.
 
-    A shape is a :class:`Number`, a type, None, a tuple of which one must fit, a list with the shape of every element, a
-    mapping with those of its keys ("key?" may be missing, others are left alone), or {...: shape} for any keys.
+    A shape is a :class:`Number`, a type, None, a tuple of which one must fit, a list with the shape of every element
+    (:class:`Row`: at least one), a mapping with those of its keys ("key?" may be missing, others are left alone),
+    or {...: shape} for any keys.
 
     >>> misfit({"step": 3, "density": {"fc": 1.5}}, {"step": COUNT, "density": {...: SHARE}})
     'density.fc is 1.5'
@@ -135,10 +143,11 @@ def misfit(value: Any, shape: Any, name: str = "it") -> str:
         return "" if value in shape else wrong
     if shape is None or isinstance(shape, type):
         return "" if (value is None if shape is None else isinstance(value, shape)) else wrong
-    if isinstance(shape, list):
-        if not isinstance(value, list):
+    if isinstance(shape, list | Row):
+        inner = shape.shape if isinstance(shape, Row) else shape[0]
+        if not isinstance(value, list) or (isinstance(shape, Row) and not value):
             return wrong
-        return next((text for i, one in enumerate(value) if (text := misfit(one, shape[0], f"{name}[{i}]"))), "")
+        return next((text for i, one in enumerate(value) if (text := misfit(one, inner, f"{name}[{i}]"))), "")
     if not isinstance(value, Mapping):
         return wrong
     inside = "" if name == "it" else f"{name}."
@@ -155,7 +164,7 @@ def misfit(value: Any, shape: Any, name: str = "it") -> str:
     return ""
 
 
-def check(value: Any, shape: Any) -> None:
+def fit(value: Any, shape: Any) -> None:
     """Raise ValueError, saying where, unless `value` is of this shape; inside of :func:`reading`."""
     wrong = misfit(value, shape)
     if wrong:

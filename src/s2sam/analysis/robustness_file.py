@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from s2sam.analysis.calibration import BINS
 from s2sam.analysis.plain_json import to_json
 from s2sam.analysis.robustness import ALEXNET, Grid, mce_alexnet, mean_of, relative_mce_alexnet, retained_accuracy
-from s2sam.data.corruptions import SEVERITIES
+from s2sam.data.corruptions import SEVERITIES, group_of
+from s2sam.outside import COUNT, NUMBER, OPTIONAL, SHARE, Number, Row, fit, parse_json, reading
 from s2sam.train.atomic import write_text
 
 FORMAT = 1
@@ -26,6 +26,16 @@ NEEDED = (
     "clean", "clean_error", "mean_corruption_accuracy", "mean_corruption_error", "relative_mean_corruption_error",
     "retained_accuracy", "mce_alexnet", "relative_mce_alexnet", "mean_corruption_nll", "mean_corruption_ece",
 )  # fmt: skip
+_CELL = {"top1": SHARE, "nll": NUMBER, "ece": NUMBER}
+_SHAPE: dict[str, Any] = {
+    **dict.fromkeys(NEEDED, OPTIONAL), "format": Number(FORMAT, FORMAT, whole=True), "clean": _CELL,
+    **dict.fromkeys(("clean_error", "mean_corruption_accuracy", "mean_corruption_error"), SHARE),
+    **dict.fromkeys(("arm", "source", "weights", "weights_sha256", "data_digest"), str),
+    "corrupted_digest": (str, None),
+    "run_seed": COUNT, "images": Number(1, whole=True), "all_images": COUNT, "ece_bins": COUNT,
+    "corruptions": Row(str), "severities": Row(Number(1, len(SEVERITIES), whole=True)), "cells": {...: {...: _CELL}},
+    **dict.fromkeys(("layout?", "constants?"), (str, None)), "corruption_seed?": (COUNT, None),
+}  # fmt: skip
 
 
 def path_of(folder: Path, source: str) -> Path:
@@ -82,17 +92,14 @@ def read(path: Path) -> Result:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there; measure the run with `s2sam robust {path.parent}`")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        whole = result["format"] == FORMAT and all(
-            set(result["cells"][name]) == set(map(str, result["severities"])) for name in result["corruptions"]
-        )
-        whole = whole and all(name in result for name in NEEDED)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged or no result of `s2sam robust`; delete it and measure the run again")
-    return dict(result)
+    with reading(path, "damaged or no result of `s2sam robust`", "delete it and measure the run again"):
+        result: Result = parse_json(path.read_bytes())
+        fit(result, _SHAPE)
+        for name in result["corruptions"]:
+            group_of(name)
+            if set(result["cells"][name]) != set(map(str, result["severities"])):
+                raise ValueError(f"not every severity of {name} is there")
+    return result
 
 
 def check_distinct(results: Sequence[Mapping[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,15 @@ from numpy.typing import NDArray
 
 from s2sam.analysis.roughness import roughness
 from s2sam.analysis.surface import Point, SurfaceSettings
+from s2sam.outside import COUNT, NUMBER, fit, parse_json, reading
 from s2sam.train.atomic import atomic
 
 FORMAT = 1
 Loss = NDArray[np.float64]
+_FACTS = {
+    **dict.fromkeys(("weights_sha256?", "split?", "weights?", "data_digest?"), str),
+    **dict.fromkeys(("images?", "all_images?", "calibration_images?"), (COUNT, None)),
+}
 _SETTINGS = ("points", "span", "pairs", "dims", "bn", "seed")
 
 
@@ -125,28 +129,29 @@ def load_surface(path: Path) -> Surface:
         ValueError: it is damaged, or no surface.
     """
     (loss, top1, done), made_with, label = _read(path)
-    try:
+    with reading(path, "damaged or no surface", "delete it or give another --out"):
+        fit(made_with, {**dict.fromkeys(("points", "pairs", "dims", "seed"), COUNT), "span": NUMBER, "bn": str})
         settings = SurfaceSettings(**{name: made_with[name] for name in _SETTINGS})
-    except (KeyError, TypeError, ValueError):
-        raise _damaged(path) from None
-    own = Surface.empty(label, settings, {}).depends_on
-    surface = Surface(label, settings, {k: v for k, v in made_with.items() if k not in own}, loss, top1, done)
-    if loss.shape != settings.shape:
-        raise _damaged(path)
-    return surface
+        if loss.shape != settings.shape:
+            raise ValueError(f"losses of shape {loss.shape} where its settings make {settings.shape}")
+        own = Surface.empty(label, settings, {}).depends_on
+        facts = {key: value for key, value in made_with.items() if key not in own}
+        fit(facts, _FACTS)
+    return Surface(label, settings, facts, loss, top1, done)
 
 
 def _read(path: Path) -> tuple[tuple[Loss, Loss, NDArray[np.bool_]], dict[str, Any], str]:
     """Losses, accuracies and what is done; what they depend on; the label."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            loss, top1, done = (stored[name] for name in ("loss", "top1", "done"))
-            made_with, label = json.loads(str(stored["settings"])), str(stored["label"])
-            whole = isinstance(made_with, dict) and loss.shape == top1.shape == done.shape
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-        whole = False
-    if not whole:
-        raise _damaged(path)
+    with (
+        reading(path, "damaged or no surface", "delete it or give another --out"),
+        open(path, "rb") as file,
+        np.load(file, allow_pickle=False) as stored,
+    ):
+        loss, top1, done = (stored[name] for name in ("loss", "top1", "done"))
+        made_with, label = parse_json(str(stored["settings"])), str(stored["label"])
+        fit(made_with, {})
+        if not loss.shape == top1.shape == done.shape or {loss.dtype.kind, top1.dtype.kind} != {"f"}:
+            raise ValueError("its losses, accuracies and marks do not fit each other")
     return (loss.astype(np.float64), top1.astype(np.float64), done.astype(bool)), made_with, label
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from s2sam.data.decode import check_resize, decode_images, resize_note
 from s2sam.data.images import ImageData, check_labels, numbered_classes
 from s2sam.data.splits import train_val_split
-from s2sam.outside import NUMBER, DamagedError, check, parse_json, reading
+from s2sam.outside import NUMBER, DamagedError, fit, parse_json, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -172,7 +172,7 @@ def _metadata_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...
         return None
     try:
         names = parse_json(text)["info"]["features"][label].get("names")
-        check(names, ([(str, NUMBER)], None))
+        fit(names, ([(str, NUMBER)], None))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: the metadata key 'huggingface' does not describe column {label!r}") from error
     return None if names is None else tuple(str(name) for name in names)

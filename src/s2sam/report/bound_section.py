@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from s2sam.analysis.bound_words import ALL, BESIDE, unsided
+from s2sam.outside import COUNT, NUMBER, OPTIONAL, Number
 from s2sam.report.arm_bars import number
 from s2sam.report.arms import Arm
 from s2sam.report.bound_bars import DECADES, PARTS
@@ -16,11 +17,18 @@ from s2sam.report.svg import INK, MUTED, mark, new_axes, series_colour, shorten,
 
 TITLES = {"theorem 1": "Theorem 1", "theorem 1, own decay": "Theorem 1, own lambda", "corollary": "Corollary"}
 SHARED = ("settings", "split", "images", "data_digest", "classes")
+_SHAPE = {
+    "terms": {name: dict.fromkeys(PARTS, OPTIONAL) for name in TITLES}, "step_condition": NUMBER,
+    "measured": {
+        **{key: OPTIONAL for key, _ in BESIDE.values()}, "tested_epochs?": (COUNT, None), "epochs?": (COUNT, None),
+    },
+    "classes": Number(2, whole=True), "images": COUNT, "split": str, "probes?": [{}], "method?": str,
+}  # fmt: skip
 
 
 def find_bounds(arms: Sequence[Arm]) -> Held:
     """What the run folders hold; ValueError as :func:`s2sam.report.held.find`."""
-    return find(arms, "bound.json", "s2sam bound", shared=SHARED, keys=("terms", "measured", "step_condition"))
+    return find(arms, "bound.json", "s2sam bound", shared=SHARED, shape=_SHAPE)
 
 
 def bound_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:

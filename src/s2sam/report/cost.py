@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from s2sam.outside import Number, fit, parse_json, reading
 from s2sam.report.arms import Arm, reference_of
 from s2sam.report.stats import Interval, median_interval
 from s2sam.train.atomic import write_text
@@ -130,9 +131,10 @@ def load_rounds(path: str | Path) -> dict[str, list[float]]:
         ValueError: the file is missing or is not such a file; the sentence names it.
     """
     try:
-        rounds = json.loads(Path(path).read_text(encoding="utf-8"))["seconds_per_step"]
-        return {str(name): [float(s) for s in seconds] for name, seconds in rounds.items()}
+        with reading(path, "not a cost measurement", "leave --cost out or measure it again"):
+            content = parse_json(Path(path).read_bytes())
+            fit(content, {"seconds_per_step": {...: [Number(1e-12)]}})
     except FileNotFoundError:
         raise ValueError(f"there is no cost measurement at {path}; leave --cost out or measure it first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError(f"{path} is not a cost measurement; leave --cost out or measure it again") from None
+    rounds: dict[str, list[float]] = content["seconds_per_step"]
+    return rounds

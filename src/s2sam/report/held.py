@@ -5,12 +5,12 @@ A file counts only if it was made at the weights that the run holds now, which t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2sam.outside import Number, fit, parse_json, reading
 from s2sam.report.arms import Arm
 from s2sam.train.finished import WEIGHTS, weights_digest
 
@@ -41,7 +41,8 @@ def find(
     verb: str,
     *,
     shared: Sequence[str],
-    keys: Sequence[str] = (),
+    shape: Mapping[str, Any] | None = None,
+    check: Callable[[Result], None] = lambda result: None,
     read: Callable[[Path], Result] | None = None,
 ) -> Held:
     """The results of one kind in the folders of these runs, each named by its arm and seed.
@@ -51,8 +52,9 @@ def find(
         file: its name in a run folder.
         verb: the command that writes it, such as "s2sam bound".
         shared: keys whose values must be the same in all of them.
-        keys: what else a whole file has.
-        read: reads one file and raises ValueError if it is damaged; None = it is a JSON object with all these keys.
+        shape: what else the report relies on in a file, see :func:`s2sam.outside.misfit`.
+        check: raises ValueError for what a shape cannot say.
+        read: reads one file and raises ValueError if it is damaged; None = it is a JSON object of this shape.
 
     Raises:
         ValueError: a file is damaged, or two were not measured in the same way; names them.
@@ -64,7 +66,7 @@ def find(
             path = run.folder / file
             if not path.is_file():
                 continue
-            result = read_object(path, verb, (*shared, *keys)) if read is None else read(path)
+            result = read_object(path, verb, shared, shape or {}, check) if read is None else read(path)
             digest = digest_of(run.folder, str(result.get("weights", "final")))
             if digest is None or result.get("weights_sha256") != digest:
                 stale.append(path)
@@ -75,16 +77,15 @@ def find(
     return held
 
 
-def read_object(path: Path, verb: str, keys: Sequence[str]) -> Result:
-    """The JSON object in a file, which holds these keys and the format 1; ValueError if it is damaged."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(result, dict) and result.get("format") == 1 and all(key in result for key in keys)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged or no result of `{verb}`; delete it, or run that command again")
-    return dict(result)
+def read_object(
+    path: Path, verb: str, keys: Sequence[str], shape: Mapping[str, Any], check: Callable[[Result], None]
+) -> Result:
+    """The JSON object in a file, with these keys, of this shape and of format 1; ValueError if it is damaged."""
+    with reading(path, f"damaged or no result of `{verb}`", "delete it, or run that command again"):
+        result: Result = parse_json(path.read_bytes())
+        fit(result, {"format": Number(1, 1, whole=True), "weights?": str, **dict.fromkeys(keys, object), **shape})
+        check(result)
+    return result
 
 
 def digest_of(folder: Path, weights: str = "final") -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from s2sam.analysis.premise_run import FILE
+from s2sam.outside import COUNT, NUMBER, OPTIONAL, Row
 from s2sam.report.arms import Arm
 from s2sam.report.curves import Curve, stack
 from s2sam.report.draw import DASHES, End, end_labels, spread
@@ -25,13 +26,19 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("rho / ||w||", "", (("rho_over_w", ""),)),
     ("c lambda_max", "c = rho / ||g_t-1||", (("c_lambda_max", ""),)),
 )
+_VALUE = ({"value?": OPTIONAL, "mean?": OPTIONAL, "sd?": OPTIONAL, "converged?": bool}, None)
+_POINT = {
+    "step": COUNT, "lr": NUMBER, "looks": COUNT, "over?": bool, "previous_rises?": OPTIONAL, "random_rises?": OPTIONAL,
+    **{f"{key}?": _VALUE for _, _, lines in PANELS for key, _ in lines},
+}  # fmt: skip
+_SHAPE = {
+    "points": Row(_POINT), "rho": NUMBER, "direction": object, "settings": {"looks": COUNT}, "data_digest": str,
+}  # fmt: skip
 
 
 def find_premise(arms: Sequence[Arm]) -> Held:
     """What the run folders hold; ValueError as :func:`s2sam.report.held.find`."""
-    return find(
-        arms, FILE, "s2sam sharpness --premise", shared=("settings", "data_digest"), keys=("points", "rho", "direction")
-    )
+    return find(arms, FILE, "s2sam sharpness --premise", shared=("settings", "data_digest"), shape=_SHAPE)
 
 
 def premise_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:

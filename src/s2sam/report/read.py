@@ -16,7 +16,7 @@ from s2sam.outside import (
     SHARE,
     DamagedError,
     Number,
-    check,
+    fit,
     parse_json,
     parse_yaml,
     reading,
@@ -112,7 +112,7 @@ def _read_config(path: Path) -> Record:
         config = parse_yaml(path.read_bytes())
         if not isinstance(config, dict) or "seed" not in config:
             raise DamagedError(f"{path} holds no seed, so it was not written by this trainer; run it again")
-        check(config, _CONFIG)
+        fit(config, _CONFIG)
     return config
 
 
@@ -121,8 +121,8 @@ def _read_lines(path: Path) -> list[Record]:
     for number, line in enumerate(content.splitlines(), start=1):
         with reading(path, f"torn at line {number}", f"run {path.parent} again"):
             record = parse_json(line)
-            check(record, {"kind": str})
-            check(record, _RECORDS.get(record["kind"], {}))
+            fit(record, {"kind": str})
+            fit(record, _RECORDS.get(record["kind"], {}))
         records.append(record)
     check_sealed(path, content)
     return records

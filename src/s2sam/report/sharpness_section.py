@@ -8,6 +8,7 @@ from typing import Any
 from s2sam.analysis.sharpness import INVARIANT, SCALED
 from s2sam.analysis.sharpness_compare import NAMES, ONLY_SHOWN, match, rank, words
 from s2sam.analysis.sharpness_run import FILE
+from s2sam.outside import COUNT, NUMBER, OPTIONAL, Number, Row
 from s2sam.report.arm_bars import Dot, arm_bars, number
 from s2sam.report.arms import Arm, reference_of
 from s2sam.report.held import Held, Result, find
@@ -29,11 +30,28 @@ PANELS = {
     "worst": ("Worst case, raw", "rise of the loss, nats"),
     "m_sharpness": ("m-sharpness, raw", "rise of the loss, nats"),
 }
+_VALUE = {
+    "value": OPTIONAL, "sd?": OPTIONAL, "error?": OPTIONAL, "converged?": bool, "each?": [NUMBER],
+    "terms?": (COUNT, None),
+}  # fmt: skip
+_SHAPE = {
+    **dict.fromkeys(PANELS, (_VALUE, None)), "train_loss": NUMBER,
+    "density?": ({"nodes": Row(Row(NUMBER)), "weights": Row(Row(Number(-0.01, 1.01)))}, None),
+    "settings": {"bn": str, "draws?": COUNT}, "images": COUNT, "split": str, "weights": str,
+}  # fmt: skip
 
 
 def find_sharpness(arms: Sequence[Arm]) -> Held:
     """What the run folders hold; ValueError as :func:`s2sam.report.held.find`."""
-    return find(arms, FILE, "s2sam sharpness", shared=SHARED, keys=tuple(PANELS))
+    return find(arms, FILE, "s2sam sharpness", shared=SHARED, shape=_SHAPE, check=_check)
+
+
+def _check(result: Result) -> None:
+    """Raise ValueError unless every start of a density has as many weights as nodes."""
+    found = result.get("density") or {"nodes": [], "weights": []}
+    lengths = [[len(row) for row in found[key]] for key in ("nodes", "weights")]
+    if lengths[0] != lengths[1] or len(set(lengths[0])) > 1:
+        raise ValueError("the nodes and the weights of its density differ in number")
 
 
 def sharpness_sections(held: Held, arms: Sequence[Arm]) -> list[Section]:

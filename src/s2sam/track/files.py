@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from s2sam.outside import reading
 from s2sam.track.base import Record
 
 
@@ -31,7 +32,11 @@ class FileLogger:
         lengths = info.get("logs") or {}
         self._lines = _open(self.folder / "metrics.jsonl", lengths.get("metrics.jsonl", 0))
         self._rows = _open(self.folder / "summary.csv", lengths.get("summary.csv", 0))
-        with open(self.folder / "summary.csv", encoding="utf-8", newline="") as file:
+        path = self.folder / "summary.csv"
+        with (
+            reading(path, "damaged", "put that file back, or train anew with --resume never"),
+            open(path, encoding="utf-8", newline="") as file,
+        ):
             header = next(csv.reader(file), None)
         self._table = None if header is None else csv.DictWriter(self._rows, header)
 

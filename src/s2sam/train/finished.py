@@ -13,7 +13,7 @@ from s2sam.data import load_data
 from s2sam.data.augment import Augment
 from s2sam.data.images import ImageData
 from s2sam.models import create_model
-from s2sam.outside import NUMBER, DamagedError, Number, check, misfit, parse_json, reading
+from s2sam.outside import NUMBER, DamagedError, Number, fit, misfit, parse_json, reading
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import load_config
 from s2sam.train.evaluate import evaluate_split
@@ -75,7 +75,7 @@ def read_folder(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
             wrong = misfit(env, _ENV)
             if wrong.startswith("it "):
                 raise DamagedError(said)
-            check(env, _ENV)
+            fit(env, _ENV)
             if len(env["mean"]) != len(env["std"]):
                 raise ValueError(f"it has {len(env['mean'])} means and {len(env['std'])} standard deviations")
     except FileNotFoundError as error:

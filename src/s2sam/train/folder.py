@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from s2sam.outside import check, parse_json
+from s2sam.outside import fit, parse_json
 from s2sam.train.atomic import atomic, meant_for, write_text
 from s2sam.train.config import TrainConfig
 from s2sam.train.config_files import dump
@@ -92,7 +92,7 @@ class RunFolder:
         notes: list[str] = []
         try:
             known = parse_json(path.read_bytes())
-            check(known, {"hardware?": ({}, None), "versions?": ({}, None), "resumed?": [{}]})
+            fit(known, {"hardware?": ({}, None), "versions?": ({}, None), "resumed?": [{}]})
         except (OSError, ValueError, RecursionError):
             known, earlier = dict(env), []
             notes.append(
