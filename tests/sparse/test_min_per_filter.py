@@ -1,5 +1,6 @@
 """min_per_filter: plain-Python references of the guarded choice and of an exchange, and every method with it."""
 
+import itertools
 import math
 import sys
 from itertools import pairwise
