@@ -95,7 +95,7 @@ def test_choices_agree_with_the_library():
 
     assert AUGMENTATIONS == augment.AUGMENTATIONS
     assert DIRECTIONS == directions.DIRECTIONS
-    assert tuple(scales.SCALES) == SCALES
+    assert ("auto", *scales.SCALES) == SCALES
     assert SCOPES == scope.SCOPES
     assert SAM_SCALES == two_step.SAM_SCALES
 

@@ -185,7 +185,7 @@ class Trainer:
         state, every = self.state, self.state.config.sam.stats_every
         self.meter.add(logits, y, loss)
         if state.skipped is not None:
-            state.skipped.count()
+            state.skipped.count(in_row=not state.first_visit)
             check_skips(state)
         if every and state.step % every == 0:
             self.log.scalars(self.step_record(float(loss)))

@@ -65,6 +65,12 @@ class TrainState:
             return None
         return self.sparsifier.level
 
+    @property
+    def first_visit(self) -> bool:
+        """Whether the step under way is the first, plain one on its batch (echo)."""
+        in_training = self.step % (self.config.epochs * len(self.batches))
+        return self.config.sharpness == "echo" and in_training % 2 == 0
+
     def next_level(self) -> bool:
         """After a training let LT prune and rewind; schedule, data order, averages begin afresh. False at the end."""
         if self.sparsifier is None or not self.sparsifier.next_level():
