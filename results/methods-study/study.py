@@ -68,10 +68,14 @@ def half_width(values: Values, sparsity: float, comparisons: int) -> float:
     t_{1 - a/2, nu} s / sqrt(n): s^2 is the variance of paired differences pooled over the methods, nu its degrees of
     freedom, a = 0.05 / comparisons. It takes the variance to be the same for all methods.
     """
+    others = [name for name in values if name != control(values)]
+    return pooled_half_width([d[sparsity] for n in others if sparsity in (d := differences(values, n))], comparisons)
+
+
+def pooled_half_width(found: list[list[float]], comparisons: int) -> float:
+    """The same for paired differences of several methods, equally many of each."""
     from scipy import stats
 
-    others = [name for name in values if name != control(values)]
-    found = [d[sparsity] for name in others if sparsity in (d := differences(values, name))]
     freedom = sum(len(d) - 1 for d in found)
     squares = math.fsum((x - mean(d)) ** 2 for d in found for x in d)
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * comparisons), freedom))
@@ -147,7 +151,7 @@ def guarded_section() -> list[str]:
         looked = list(csv.DictReader(file))
     with_guard, failed = load("guarded.csv")
     without, failed_too = load("unguarded.csv")
-    rows = []
+    rows, single = [], dict[float, list[list[float]]]()
     for method, cells in without.items():
         paired = []
         for sparsity in sorted(cells):
@@ -160,11 +164,14 @@ def guarded_section() -> list[str]:
                 mine.append(accuracy(values[method][sparsity].values()))
             seeds = sorted(set(cells[sparsity]) & set(with_guard[method][sparsity]))
             paired.append([with_guard[method][sparsity][seed] - cells[sparsity][seed] for seed in seeds])
+            single.setdefault(sparsity, []).append(paired[-1])
             rows.append([*mine, f"{mean(paired[-1]):+.1f}"])
         pooled = pooled_difference(paired, comparisons=len(without))
         assert pooled.interval is not None
         rows[-1].append(f"{pooled.mean:+.2f} [{pooled.interval.low:+.2f}, {pooled.interval.high:+.2f}]")
         rows[-2].append("")
+    halves = {s: pooled_half_width(found, len(without) * len(single)) for s, found in sorted(single.items())}
+    widths = ", ".join(f"{100 * s:g} %: +-{h:.2f}" for s, h in halves.items())
     head = ["method", "", "as published: empty filters", "largest norm", "accuracy"]
     head += ["guarded: empty filters", "largest norm", "accuracy", "diff", "mean difference"]
     return [
@@ -173,7 +180,8 @@ def guarded_section() -> list[str]:
         "Both halves have run on one machine; the tables above are of another. Diff: guarded minus as published, "
         "paired over seeds. The mean difference counts both sparsities once; its "
         f"{len(without)} intervals hold together with 95 %, if differences of one seed at both sparsities are "
-        "independent.",
+        "independent. Simultaneous 95 % half-widths of a single difference (variance pooled over the methods): "
+        f"{widths}.",
         *(f"Failed: {line['row']} at {line['sparsity']}, seed {line['seed']}: {line['state']}." for line in failed_too),
         *section("Guarded filters against the random mask", with_guard, failed),
     ]
