@@ -133,7 +133,7 @@ class StepHooks:
 
     def retire(self) -> None:
         """Come off the optimizer if nothing uses this any longer."""
-        if not (self._phases or self.sharpness or self.gradient_masks):
+        if not (self._phases or self.sharpness or self.gradient_masks or self.looked_after):
             for handle in self._torch_handles:
                 handle.remove()
             vars(self.optimizer).pop(_ATTRIBUTE, None)

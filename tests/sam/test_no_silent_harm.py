@@ -12,7 +12,7 @@ from sam_common import FACTORIES, attached, make_data, make_net, moved, same, sn
 from torch import nn
 
 from _counters import OpCounter
-from s2sam import S2SAM, SAM
+from s2sam import S2SAM, SAM, sparsify
 from s2sam.hooks import rho_key
 from s2sam.sam.rho import late, rising
 
@@ -137,6 +137,25 @@ def test_another_optimizer_on_the_same_weights_is_stopped_before_it_moves_them(k
             other.step()
     assert same(net.parameters(), w)
     attached_.remove()
+    other.step()
+    assert not same(net.parameters(), w)
+
+
+def test_another_optimizer_on_masked_weights_is_stopped_and_one_on_the_others_is_not():
+    net = make_net(bias=True)
+    optimizer = FACTORIES["sgd"](net.parameters())
+    sparsifier = sparsify(net, optimizer, method="static", sparsity=0.5)
+    x, y = make_data(1)[0]
+    F.cross_entropy(net(x), y).backward()
+    biases = torch.optim.SGD([p for p in net.parameters() if p.dim() == 1], lr=0.1)
+    w = snapshot(net)
+    biases.step()  # nobody prunes them
+    assert not same(net.parameters(), w)
+    other, w = torch.optim.AdamW(net.parameters()), snapshot(net)
+    with pytest.raises(RuntimeError, match="a sparsifier looks after through another optimizer"):
+        other.step()
+    assert same(net.parameters(), w)
+    sparsifier.remove()
     other.step()
     assert not same(net.parameters(), w)
 

@@ -46,6 +46,7 @@ class Part:
         """Register the phases."""
         hooks = step_hooks(self.optimizer)
         hooks.gradient_masks.append(self.mask_gradients)
+        hooks.looked_after.append(self.masked)
         for phase, function in (
             (Phase.MASK, self._mask),
             (Phase.REMASK, self._remask),
@@ -55,11 +56,16 @@ class Part:
 
     def remove(self) -> None:
         """Unregister the phases; calling it twice is harmless."""
-        gradient_masks = step_hooks(self.optimizer).gradient_masks
-        if self.mask_gradients in gradient_masks:
-            gradient_masks.remove(self.mask_gradients)
+        hooks = step_hooks(self.optimizer)
+        if self.mask_gradients in hooks.gradient_masks:
+            hooks.gradient_masks.remove(self.mask_gradients)
+            hooks.looked_after.remove(self.masked)
         while self._handles:
             self._handles.pop().remove()
+
+    def masked(self) -> Iterable[Tensor]:
+        """The weights that no other optimizer may move: it would bring pruned ones back to life."""
+        return self.layers.weights.values()
 
     def mask_gradients(self) -> None:
         """The gradients of pruned weights become 0, now."""
