@@ -61,7 +61,6 @@ class Places:
     def __init__(self, models: Sequence[nn.Module], parameters: Iterable[Tensor]) -> None:
         self._models = [weakref.ref(m) for m in models]
         self._parameters: list[tuple[dict[str, Any], str, Tensor]] = []  #: where, key, what
-        self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []  #: the same of modules
         self._find({id(p) for p in parameters})
 
     def _find(self, wanted: set[int]) -> None:
@@ -73,7 +72,8 @@ class Places:
             for key, p in module._parameters.items():
                 if p is not None and id(p) in wanted:
                     found.setdefault(id(p), (module._parameters, key, p))
-        self._parameters, self._modules = list(found.values()), modules
+        self._parameters = list(found.values())
+        self._places: list[tuple[dict[str, Any], str, object]] = [*self._parameters, *modules]
 
     def hold(self) -> bool:
         """True if the models hold the parameters; False inside a functional_call that puts other tensors there.
@@ -83,20 +83,19 @@ class Places:
         Raises:
             RuntimeError: some have left the models for good.
         """
-        places = (*self._parameters, *self._modules)
-        if all(slots.get(key) is thing for slots, key, thing in places):
+        if all(slots.get(key) is thing for slots, key, thing in self._places):
             return True
         if is_in_functional_call():
             return False
         gathered = [p for _, _, p in self._parameters if is_sharded(p)]
         if gathered:  # FSDP2 leaves the gathered weights of its root in the places of the sharded ones
             weights_move(gathered, for_a_look=True)
-        before = list(self._parameters)
+        before, places = list(self._parameters), self._places
         self._find({id(p) for _, _, p in before})
         missing = len(before) - len(self._parameters)
         if not missing:  # moved within the models, by torch.nn.utils.parametrize for instance
             return True
-        self._parameters = before
+        self._parameters, self._places = before, places
         raise RuntimeError(
             f"S2SAM: {missing} of {len(before)} parameters that its optimizer trains are no longer in the model; "
             "something has put others in their place (fully_shard, model.to() with "

@@ -347,16 +347,19 @@ class S2SAM:
                 "S2SAM: a CUDA graph that captures the whole step would replay this step's rho and window for ever; "
                 "capture forward and backward only (torch.compile with mode='reduce-overhead' does)"
             )
-        self._check_mixed([slot for slot, blocks in closed if blocks and not slot.fresh])
+        self._check_mixed(closed)
         for slot in self._slots:
             slot.fresh = True
         with computing():
             self._open(closed)
 
-    def _check_mixed(self, slots: list[Slot]) -> None:
+    def _check_mixed(self, closed: list[tuple[Slot, list[Block]]]) -> None:
         """No gradient that was taken at w since the last step may be there when the first window of a step opens."""
-        if self.on_clean_grad != "ignore" and any(slot.watch.added(slot.with_direction()) for slot in slots):
-            complain(self.on_clean_grad, MIXED_GRADIENTS)
+        if self.on_clean_grad == "ignore":
+            return
+        for slot, blocks in closed:
+            if not slot.fresh and slot.watch.added([p for block in blocks for p in block.p]):
+                complain(self.on_clean_grad, MIXED_GRADIENTS)
 
     @torch.no_grad()
     def _open(self, closed: list[tuple[Slot, list[Block]]]) -> None:

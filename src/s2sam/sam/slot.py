@@ -173,7 +173,10 @@ class Slot:
         torch.clear_autocast_cache()
 
     def _versions_now(self) -> list[tuple[int, int]]:
-        return [(p._version, address(p)) for block in self.blocks for p in block.p]
+        found: list[tuple[int, int]] = []
+        for block in self.blocks:
+            found += [(p._version, address(p) if block.sharded else p.data_ptr()) for p in block.p]
+        return found
 
     def written(self) -> bool:
         """True if somebody has written to displaced parameters; new memory (`.to()`, a flattened RNN) is no write."""
