@@ -22,7 +22,6 @@ from s2sam.sam.norms import constant, real
 from s2sam.sam.scales import Scale
 from s2sam.sam.scope import Scope
 from s2sam.sam.sharded import (
-    address,
     check_placements,
     gathered_copies,
     has_shards,
@@ -50,7 +49,8 @@ class Slot:
         self.factor = factor
         self.rho_key = rho_key(optimizer)  #: of the radius in the groups
         self.watch = GradientWatch()
-        self._versions: list[tuple[int, int]] = []  #: version and address of the displaced parameters
+        self._versions: list[int] = []  #: of the displaced parameters
+        self._memory: list[torch.UntypedStorage] = []  #: theirs, kept so that no other is mistaken for it
         self._looking = self._tainted = False  #: w is shown for a moment; x was written to
         self._seen: set[int] = set()  #: parameters out of scope that have had a gradient
         self.open = False  #: between displace and restore
@@ -169,21 +169,24 @@ class Slot:
             for p in block.p:
                 self.twins.pop(id(p), None)
         self.blocks, self.open, self._looking, self._tainted = blocks, True, False, False
-        self._versions = self._versions_now()
+        self._remember()
         torch.clear_autocast_cache()
 
-    def _versions_now(self) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        for block in self.blocks:
-            found += [(p._version, address(p) if block.sharded else p.data_ptr()) for p in block.p]
-        return found
+    def _remember(self) -> None:
+        self._versions = self._versions_now()
+        self._memory = [p.untyped_storage() for block in self.blocks for p in block.lists()[0]]
+
+    def _versions_now(self) -> list[int]:
+        return [p._version for block in self.blocks for p in block.p]
 
     def written(self) -> bool:
         """True if somebody has written to displaced parameters; new memory (`.to()`, a flattened RNN) is no write."""
         if not (self._looking or self._tainted):
             now = self._versions_now()
-            pairs = zip(self._versions, now, strict=True) if now != self._versions else ()
-            self._tainted = any(new[0] != old[0] and new[1] == old[1] for old, new in pairs)
+            if now != self._versions:
+                shards = [p for block in self.blocks for p in block.lists()[0]]
+                for old, new, memory, p in zip(self._versions, now, self._memory, shards, strict=True):
+                    self._tainted |= old != new and memory.data_ptr() == p.untyped_storage().data_ptr()
         return self._tainted
 
     @torch.no_grad()
@@ -214,7 +217,7 @@ class Slot:
                 restore_(*block.lists()[:2])
                 self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
-        self._versions, self._looking, self._tainted = [], False, False
+        self._versions, self._memory, self._looking, self._tainted = [], [], False, False
         torch.clear_autocast_cache()
 
     def shown(self) -> Iterator[Tensor]:
@@ -239,7 +242,7 @@ class Slot:
             w, b, _ = block.lists()
             swap_([p.data for p in w], b)
         self._looking = not self._looking
-        self._versions = self._versions_now()
+        self._remember()
         torch.clear_autocast_cache()
 
     @torch.no_grad()
