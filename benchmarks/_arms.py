@@ -41,6 +41,7 @@ class Arm:
     sparsifier: Any = None
     needs_closure: bool = False
     gradients: list[Tensor] = field(default_factory=list)
+    fresh: list[Tensor] = field(default_factory=list)
 
     def loss(self) -> Tensor:
         """Forward and backward."""
@@ -67,25 +68,28 @@ class Arm:
         self.optimizer.zero_grad()
 
     def refresh(self) -> None:
-        """Put fresh copies of the fixed gradients into p.grad (untimed)."""
-        for p, g in zip(self.model.parameters(), self.gradients, strict=True):
-            p.grad = g.clone()
+        """Make fresh copies of the fixed gradients, for one step (untimed)."""
+        self.fresh = [g.clone() for g in self.gradients]
+        self.optimizer.zero_grad()
 
     def optimizer_step(self) -> None:
         """What is timed as "optimizer only"."""
         if self.needs_closure:
-            kept = [p.grad for p in self.model.parameters()]
 
             def closure() -> Tensor:
-                for p, g in zip(self.model.parameters(), kept, strict=True):
-                    p.grad = g
+                self._put_gradients()
                 return self.gradients[0]
 
             self.optimizer.step(closure)
             return
         if self.sam is not None:
             self.sam.displace()
+        self._put_gradients()
         self.optimizer.step()
+
+    def _put_gradients(self) -> None:
+        for p, g in zip(self.model.parameters(), self.fresh, strict=True):
+            p.grad = g
 
     def one_pass(self) -> None:
         """One forward and backward, and nothing else."""

@@ -75,7 +75,7 @@ def test_constraints_pin_exact_versions():
 
 @pytest.mark.parametrize("path", python_files(SOURCE, ROOT / "benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_long(path):
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 600  # what a reader wants at once is usually 100 to 500 lines
 
 
 def imported(path: Path) -> set[str]:

@@ -37,7 +37,8 @@ def train(seed: int, lr: float, arm: str) -> dict[str, float | int | str]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     steps = EPOCHS * len(batches)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rigl = sparsify(net, optimizer, method="rigl", sparsity=0.95, total_steps=steps, delta_t=20, generator=generator)
+    options = {"delta_t": 20, "min_per_filter": 0, "generator": generator}
+    rigl = sparsify(net, optimizer, method="rigl", sparsity=0.95, total_steps=steps, **options)
     if arm == "by age":
         BiasByAge(rigl)
     first: list[float] = []

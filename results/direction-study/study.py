@@ -38,8 +38,8 @@ CELLS = {"static80": ("static", 0.8), "static90": ("static", 0.9), "rigl80": ("r
 SPARSER = {f"{method}{100 * s:.0f}": (method, s) for s in (0.95, 0.98) for method in ("static", "rigl")}  #: stage 5
 COMMON: dict[str, Any] = {
     "data": str(DATA), "model": "resnet8", "epochs": 80, "batch_size": 64, "lr": 0.1, "device": "cpu",
-    "channels_last": True, "evaluate_every": 80, "sam.stats_every": 50, "sparse.options": {"delta_t": 50},
-    "optim.weight_decay": 5e-4, "data_options.val_fraction": 5 / 7,
+    "channels_last": True, "evaluate_every": 80, "sam.stats_every": 50, "optim.weight_decay": 5e-4,
+    "sparse.options": {"delta_t": 50, "min_per_filter": 0}, "data_options.val_fraction": 5 / 7,
 }  # fmt: skip
 FIELDS = (
     "stage", "cell", "arm", "seed", "lr", "weight_decay", "val_top1", "test_top1", "recalibrated_test_top1",

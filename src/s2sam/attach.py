@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from s2sam.sparse.base import Sparsifier
     from s2sam.sparse.budget import Distribution
     from s2sam.sparse.prunable import Patterns
+    from s2sam.sparse.start import Init
 
 
 def sparsify(
@@ -23,7 +24,7 @@ def sparsify(
     optimizer: Optimizer | Iterable[Optimizer],
     *,
     method: str | type[Sparsifier],
-    sparsity: float,
+    sparsity: float | None,
     distribution: Distribution = "auto",
     total_steps: int | None = None,
     batches: Iterable[Any] | None = None,
@@ -31,7 +32,7 @@ def sparsify(
     generator: torch.Generator | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    init: bool = True,
+    init: Init = True,
     **method_options: Any,
 ) -> Sparsifier:
     """Make the training of `model` with `optimizer` sparse from now on; the training loop does not change.
@@ -80,6 +81,11 @@ def _idle(made: Sparsifier) -> str | None:
         return None
     if any(made.due(part, t) for part in made.parts for t in range(interval, steps, interval)):
         return None
+    if getattr(made, "nothing_to_drop", bool)():
+        return (
+            f"method {made.method!r} changes no mask: at sparsity {made.final_sparsity} the filters keep all weights "
+            f"with min_per_filter={made.min_per_filter}; give a lower sparsity, or min_per_filter=0 for empty filters"
+        )
     return (
         f"method {made.method!r} with delta_t={interval} changes no mask on its way through {steps} steps; give a "
         f"smaller delta_t, for instance {max(1, steps // 25)}"

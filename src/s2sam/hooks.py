@@ -19,6 +19,8 @@ With a closure the pre-phases run inside it, after the user's own closure has re
 
 from __future__ import annotations
 
+import gc
+import inspect
 import math
 import numbers
 import sys
@@ -26,11 +28,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 Closure = Callable[[], Any]
 _ATTRIBUTE = "_s2sam_step_hooks"
@@ -101,12 +104,15 @@ class StepHooks:
             None  #: set by the sharpness method: how it calls the closure
         )
         self.preview = False  #: the gradients at hand are SAM's first, which only say where to displace the weights
+        self.visits = 1  #: steps in a row that are taken on the same batch; 2 with echo
+        self.looked_after: list[Callable[[], Iterable[Tensor]]] = []  #: weights that no other optimizer may move
         self._phases: list[tuple[Phase, PhaseFunction]] = []
         self._context: StepContext | None = None
         self._torch_handles = (
             optimizer.register_step_pre_hook(self._pre),
             optimizer.register_step_post_hook(self._post),
         )
+        _Bystanders.watch(self)
 
     def register(self, phase: Phase, function: PhaseFunction) -> Handle:
         """Run `function(context)` in `phase` of every step; equal ranks run in the order of registration."""
@@ -131,6 +137,14 @@ class StepHooks:
             for handle in self._torch_handles:
                 handle.remove()
             vars(self.optimizer).pop(_ATTRIBUTE, None)
+            _Bystanders.forget(self)
+
+    def weights(self) -> set[int]:
+        """The ids of the weights that only this optimizer may move: those of S2SAM or SAM, and those with a mask."""
+        found = {id(p) for weights in self.looked_after for p in weights()}
+        if self.sharpness is not None:
+            found |= {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return found
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _nested(optimizer):
@@ -182,6 +196,8 @@ class StepHooks:
         if context is None or not context.pre_done:
             raise RuntimeError(f"{type(optimizer).__name__} never called its closure; call step() without one")
         self._put_back()
+        for group in optimizer.param_groups:
+            group.pop(_RHO_KEY, None)  # add_param_group gives a new group all that the defaults hold
         for phase, function in list(self._phases):
             if phase >= Phase.REMASK:
                 function(context)
@@ -245,6 +261,67 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimi
     return found
 
 
+class _Bystanders:
+    """Other optimizers: one that steps on weights which S2SAM or a sparsifier looks after is told so beforehand.
+
+    It would move displaced weights, and bring pruned ones back to life. Torch calls :meth:`check` before the step of
+    any optimizer; that one is harmless is remembered until somebody attaches or its parameters change.
+    """
+
+    watched: ClassVar[weakref.WeakSet[StepHooks]] = weakref.WeakSet()
+    changes: ClassVar[int] = 0  #: how often the set above has changed
+    harmless: ClassVar[weakref.WeakKeyDictionary[Optimizer, tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def watch(cls, hooks: StepHooks) -> None:
+        """Look after the weights of `hooks` from now on."""
+        if cls.changes == 0:
+            register_optimizer_step_pre_hook(cls.check)
+        cls.watched.add(hooks)
+        cls.changes += 1
+
+    @classmethod
+    def forget(cls, hooks: StepHooks) -> None:
+        """Look after them no longer."""
+        cls.watched.discard(hooks)
+        cls.changes += 1
+
+    @classmethod
+    def check(cls, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise RuntimeError if `optimizer` is about to step on weights that are looked after through another one."""
+        now = cls.changes, sum(len(group["params"]) for group in optimizer.param_groups)
+        if cls.harmless.get(optimizer) == now:
+            return
+        if cls._owner(optimizer) is not None:
+            gc.collect()  # an optimizer that nobody holds any longer lives on in a circle with its hooks
+        owner = cls._owner(optimizer)
+        if owner is not None:
+            by = type(owner.sharpness).__name__ if owner.sharpness is not None else "a sparsifier"
+            old, new = type(owner.optimizer).__name__, type(optimizer).__name__
+            raise RuntimeError(
+                f"{new}.step() would move weights that {by} looks after through another optimizer ({old}): displaced "
+                "weights would be moved, or pruned ones come back to life; call .remove() on what is attached to the "
+                "old optimizer and attach to the new one, or attach to a list of both"
+            )
+        cls.harmless[optimizer] = now
+
+    @classmethod
+    def _owner(cls, optimizer: Optimizer) -> StepHooks | None:
+        """Who looks after a weight of `optimizer` through another one that is not wrapped by it."""
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for hooks in list(cls.watched):
+            other = hooks.optimizer
+            if other is not optimizer and not mine.isdisjoint(hooks.weights()) and not _wraps(optimizer, other):
+                return hooks
+        return None
+
+
+def _wraps(outer: Optimizer, inner: Optimizer) -> bool:
+    """Whether `outer` holds `inner` to call its step, as Lookahead, ZeroRedundancyOptimizer and the like do."""
+    held = list(vars(outer).values())
+    return any(value is inner or (isinstance(value, (list, tuple)) and inner in value) for value in held)
+
+
 def inert(*args: Any, **kwargs: Any) -> None:
     """What a hook becomes in a copy or a pickle: nothing."""
 
@@ -253,15 +330,24 @@ def _make_inert() -> Callable[..., None]:
     return inert
 
 
+ONE_GRAPH = (
+    "s2sam moves weights around this forward, which a single graph cannot hold. Compile first and attach to what was "
+    "compiled: compiled = torch.compile(model, fullgraph=True); S2SAM(optimizer, model=compiled); or "
+    "model.compile(...) and then S2SAM(optimizer, model=model). For torch.export with strict=True export "
+    "copy.deepcopy(model)"
+)
+
+
 class WeakHook:
     """Calls `function(owner, module, ...)` while both still live and the caller is the module it was registered on.
 
     A compiled model runs it outside its graphs (one graph break if the model itself is hooked, none if the compiled
-    wrapper is): traced into a graph it would be constant-folded.
+    wrapper is): traced into a graph it would be constant-folded. Where torch wants one graph and meets the hook all the
+    same, its error holds :data:`ONE_GRAPH`.
     """
 
     def __init__(self, function: Callable[..., None], owner: object, module: nn.Module) -> None:
-        self._function: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        self._function: Callable[..., None] = torch.compiler.disable(function, reason=ONE_GRAPH)  # type: ignore[no-untyped-call]
         self._owner, self._module = weakref.ref(owner), weakref.ref(module)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -273,8 +359,17 @@ class WeakHook:
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _make_inert, ()
 
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks a hook for, and nobody else needs."""
+        raise AttributeError(
+            "torch.jit.script cannot compile a hook of s2sam; call .remove() on S2SAM and the sparsifier first, or use "
+            "torch.export.export"
+        )
 
-WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # do not trace the two lines above either
+
+WeakHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # do not trace the lines above either
+WeakHook.__call__._torchdynamo_disable_msg = ONE_GRAPH  # type: ignore[attr-defined]
 
 
 def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
@@ -285,6 +380,22 @@ def check_number(name: str, value: float, low: float = 0.0, high: float = math.i
         bounds = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
     return number
+
+
+RHO, OWN_RHO = "rho", "sam_rho"
+_RHO_KEY = "s2sam_rho_key"  #: where `defaults` of a claimed optimizer says which of the two it is
+
+
+def rho_key(optimizer: Optimizer) -> str:
+    """The key of the radius in this optimizer's param_groups: "rho", or "sam_rho" if it has a rho itself (Adadelta).
+
+    >>> w = torch.nn.Parameter(torch.ones(1))
+    >>> rho_key(torch.optim.SGD([w], lr=0.1)), rho_key(torch.optim.Adadelta([w]))
+    ('rho', 'sam_rho')
+    """
+    known: str | None = optimizer.defaults.get(_RHO_KEY)  # claimed before, or a copy of one that was
+    own = RHO in optimizer.defaults or RHO in inspect.signature(type(optimizer).__init__).parameters
+    return known or (OWN_RHO if own else RHO)
 
 
 def claim_sharpness(optimizers: Iterable[Optimizer], owner: object, rho: float) -> list[StepHooks]:
@@ -301,23 +412,28 @@ def claim_sharpness(optimizers: Iterable[Optimizer], owner: object, rho: float) 
                 f"this optimizer already has a {type(hooks.sharpness).__name__}; call its .remove() before attaching "
                 f"a {type(owner).__name__}"
             )
-        old = optimizer.defaults.get("rho")  # left by a copy: no group's own choice
+        key = rho_key(optimizer)
+        old = optimizer.defaults.get(key)  # left by a copy: no group's own choice
         groups = optimizer.param_groups
-        radii.append([rho if g.get("rho", old) == old else check_number("rho", g["rho"]) for g in groups])
+        radii.append([rho if g.get(key, old) == old else check_number(key, g[key]) for g in groups])
     claimed = [step_hooks(optimizer) for optimizer in optimizers]
     for hooks, per_group in zip(claimed, radii, strict=True):
+        key = rho_key(hooks.optimizer)
         hooks.sharpness = owner
-        hooks.optimizer.defaults["rho"] = rho
+        hooks.optimizer.defaults |= {key: rho, _RHO_KEY: key}
         for group, radius in zip(hooks.optimizer.param_groups, per_group, strict=True):
-            group["rho"] = radius
+            group[key] = radius
     return claimed
 
 
 def release_sharpness(hooks: StepHooks) -> None:
     """Undo :func:`claim_sharpness`; a rho that differs from the common one was a group's own and stays."""
     hooks.sharpness = hooks.run_closure = None
-    rho = hooks.optimizer.defaults.pop("rho", None)
+    key = rho_key(hooks.optimizer)
+    rho = hooks.optimizer.defaults.pop(key, None)
+    hooks.optimizer.defaults.pop(_RHO_KEY, None)
     for group in hooks.optimizer.param_groups:
-        if group.get("rho") == rho:
-            group.pop("rho", None)
+        group.pop(_RHO_KEY, None)
+        if group.get(key) == rho:
+            group.pop(key, None)
     hooks.retire()

@@ -104,10 +104,12 @@ def counted(net, optimizer, sam):
     from _counters import OpCounter  # not on the path of the fresh processes that some tests start
 
     for _ in range(4):
-        for p in net.parameters():
-            p.grad = torch.ones_like(p)
+        gradients = [torch.ones_like(p) for p in net.parameters()]
+        optimizer.zero_grad()
         with OpCounter() as count:
             if sam:
                 sam.displace()
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
             optimizer.step()
     return count

@@ -16,11 +16,13 @@ def measure(factory, attach):
     optimizer = factory(params)
     sam = attach(optimizer) if attach else None
     for _ in range(3):
-        for p in params:
-            p.grad = torch.randn(NUMEL, generator=g)
+        gradients = [torch.randn(NUMEL, generator=g) for _ in params]
+        optimizer.zero_grad()
         with OpCounter() as count:
             if sam:
                 sam.displace()
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
             optimizer.step()
     return count
 

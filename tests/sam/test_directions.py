@@ -128,9 +128,10 @@ def test_noise_is_standard_normal_new_in_every_step_and_of_no_direction():
     sam = S2SAM(optimizer, direction="random", generator=torch.Generator().manual_seed(1))
     seen = []
     for _ in range(3):
-        w.grad = torch.ones(4000)
         sam.displace()
+        w.grad = torch.ones(4000)
         optimizer.step()
+        optimizer.zero_grad()
         seen.append(optimizer.state[w][BUFFER].clone())
     for noise in seen:
         assert abs(float(noise.mean())) < 0.06 and abs(float(noise.std()) - 1) < 0.05

@@ -154,8 +154,8 @@ def functional_call_with_foreign_parameters_leaves_no_gradient(world):
     assert all(p.grad is None for p in world.net.parameters())
 
 
-@situation(0.0)
-def functional_call_with_clones_of_the_parameters_is_a_known_miss(world):
+@situation("raises")
+def functional_call_with_clones_of_the_parameters(world):
     clones = {n: p.clone() for n, p in world.net.named_parameters()}  # at w; the gradient flows back to p
     world.loss(lambda x: functional_call(world.net, clones, (x,))).backward()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,6 +82,100 @@ def loaded_on_one_rank(rank: int) -> int:
     return sparsifier.step
 
 
+def scored_before_ddp(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """The masks of a method that scores with data, attached before DDP gives all ranks rank 0's weights and buffers."""
+    net = bn_net(seed=rank)
+    net[0].weight.data = net[0].weight.data.t().contiguous().t()  # as channels_last: no plain order in memory
+    (info,) = [row for row in list_methods() if row.name == name]
+    mine = [(x[rank::world].double(), y[rank::world]) for x, y in make_batches(2)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    return attach(info, net, optimizer, batches=mine, bn_mode="eval").masks
+
+
+def bn_net(seed: int) -> nn.Sequential:
+    """A net whose weights and BatchNorm statistics depend on the seed."""
+    g = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+        net[1].running_var.copy_(torch.rand(12, generator=g) + 0.1)
+    return net
+
+
+def adopted_on_ranks(rank: int) -> list[torch.Tensor]:
+    """Masks from zeros that rank 0 alone has, or that are elsewhere on rank 1: rank 0's count."""
+    found = []
+    for elsewhere in (False, True):
+        net = make_net(seed=rank)
+        with torch.no_grad():
+            for p in net.parameters():
+                if rank == 0 or elsewhere:
+                    p[:, rank::2] = 0
+        made = attach(list_methods()[0], net, torch.optim.SGD(net.parameters(), lr=0.1), sparsity=None, init="adopt")
+        made.verify()
+        found += made.masks.values()
+    return found
+
+
+def sparse_on_one_rank(rank: int) -> str:
+    """What sparsify() says on each rank where rank 1 alone has loaded sparse weights."""
+    net = make_net()
+    if rank == 1:
+        with torch.no_grad():
+            for p in net.parameters():
+                p[:, ::2] = 0
+    return told(lambda: attach(list_methods()[0], net, torch.optim.SGD(net.parameters(), lr=0.1)))
+
+
+def misfit_on_one_rank(rank: int) -> list[str]:
+    """What verify() and the first step say on each rank where rank 1 alone has dense weights."""
+    found = []
+    for use in ("verify", "step"):
+        net = make_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        made = attach(list_methods()[0], net, optimizer)
+        if rank == 1:
+            with torch.no_grad():
+                net[0].weight.fill_(1.0)
+        found.append(told(made.verify if use == "verify" else partial(one_step, net, optimizer, make_batches(1)[0])))
+    return found
+
+
+def joined(name: str, rank: int, frozen: bool = False) -> str:
+    """What a training inside DDP's join() says, where rank 1 has fewer batches."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (info,) = [row for row in list_methods() if row.name == name]
+    made = attach(info, net, optimizer)
+    model = nn.parallel.DistributedDataParallel(net)
+    if frozen:
+        made.freeze()
+
+    def train() -> None:
+        with model.join():
+            for batch in make_batches(6 - 2 * rank):
+                one_step(model, optimizer, batch)
+
+    return told(train)
+
+
+def without_batches(name: str, rank: int) -> str:
+    """What a method that scores with data says on each rank where rank 1 has none."""
+    net, batches = make_net(), make_batches(2 - 2 * rank)
+    (info,) = [row for row in list_methods() if row.name == name]
+    return told(lambda: attach(info, net, torch.optim.SGD(net.parameters(), lr=0.1), batches=batches))
+
+
+def told(function: Callable[[], object]) -> str:
+    """The sentence that a call ends with, if it does."""
+    try:
+        function()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -100,6 +196,13 @@ if __name__ == "__main__":
         }
     found["own generators"] = own_generators(rank)
     found["loaded"] = loaded_on_one_rank(rank)
+    found["scored"] = {name: scored_before_ddp(name, rank, world) for name in ("snip", "grasp")}
+    found["without batches"] = {name: without_batches(name, rank) for name in ("snip", "grasp")}
+    found["adopted"] = adopted_on_ranks(rank)
+    found["sparse on one rank"] = sparse_on_one_rank(rank)
+    found["misfit on one rank"] = misfit_on_one_rank(rank)
+    found["joined"] = {name: joined(name, rank) for name in ("rigl", "gmp", "static")}
+    found["joined, frozen"] = joined("rigl", rank, frozen=True)
     found["broken"] = broken_ranks_are_noticed(rank)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()

@@ -93,7 +93,11 @@ def attach(
     """
     options = {"delta_t": delta_t} if "delta_t" in info.defaults else {}
     if info.name in ("gmp", "granet", "str"):
-        options |= {"initial_sparsity": kw.get("sparsity", 0.7) / 2, "t_start": 0.0, "t_end": 0.2}
+        options |= {
+            "initial_sparsity": (0.7 if kw.get("sparsity") is None else kw["sparsity"]) / 2,
+            "t_start": 0.0,
+            "t_end": 0.2,
+        }
     if info.name == "ac-dc":  # compressed, dense, compressed, dense, and compressed from step 15 on
         options |= {"t_start": delta_t / 60, "t_end": 0.25}
     if info.name == "dsr":
@@ -117,13 +121,23 @@ def attach(
     return sparsifier
 
 
+GOLDEN = {"sparsity": 0.5, "init": "anew"}  #: some of the hand-written weights are 0 already
+
+
+def published(method: str) -> dict[str, Any]:
+    """The option by which a method does what its authors published: filters may run empty."""
+    takes = next("min_per_filter" in row.defaults for row in list_methods() if row.name == method)
+    return {"min_per_filter": 0} if takes else {}
+
+
 def golden(mask: list[int], weights: list[float], method: str, **options: Any) -> tuple[nn.Linear, Any, Sparsifier]:
-    """Linear(4, 3) with hand-written weights and mask, a change due in the first step."""
+    """Linear(4, 3) with hand-written weights and mask, a change due in the first step; as published, unless told."""
+    options = published(method) | options
     layer = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weights).view(3, 4))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
-    sparsifier = sparsify(layer, optimizer, method=method, sparsity=0.5, generator=generator(), **options)
+    sparsifier = sparsify(layer, optimizer, method=method, **{**GOLDEN, "generator": generator(), **options})
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weights).view(3, 4))
     set_masks(sparsifier, {"weight": torch.tensor(mask, dtype=torch.bool).view(3, 4)})
@@ -134,9 +148,10 @@ def golden_pair(
     masks: dict[str, list[int]], weights: dict[str, list[float]], method: str, **options: Any
 ) -> tuple[nn.ModuleDict, Any, Sparsifier]:
     """Two layers Linear(4, 3), "a" and "b", as :func:`golden` has one."""
+    options = published(method) | options
     net = nn.ModuleDict({name: nn.Linear(4, 3, bias=False) for name in ("a", "b")})
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
-    sparsifier = sparsify(net, optimizer, method=method, sparsity=0.5, generator=generator(), **options)
+    sparsifier = sparsify(net, optimizer, method=method, **{**GOLDEN, "generator": generator(), **options})
     with torch.no_grad():
         for name, values in weights.items():
             net.get_parameter(f"{name}.weight").copy_(torch.tensor(values).view(3, 4))

@@ -82,7 +82,7 @@ def test_gmp_prunes_the_weakest_block_of_those_that_are_left():
     layer = nn.Linear(4, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.9, 0.1, -0.6, 0.5], [0.2, 0.2, 0.0, -0.8]]))
-    optimizer, gmp = made("gmp", layer, sparsity=0.75, block=(1, 2), initial_sparsity=0.25, delta_t=4)
+    optimizer, gmp = made("gmp", layer, sparsity=0.75, block=(1, 2), initial_sparsity=0.25, delta_t=4, init="anew")
     assert gmp.masks["weight"].int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     seen = []
     for _ in range(8):

@@ -61,7 +61,7 @@ def two(**options):
     with torch.no_grad():
         net.a.weight.copy_(torch.tensor([[16.0, 0, 0, 0, 0], [12, 0, 0, 0, 0], [0, 8, 0, 0, 0], [0, 0, 2, 0, 0]]))
     o = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
-    _, s = make(net, torch.zeros(2, 5), total_steps=10, optimizer=o, delta_t=1, t_end=0.4, **options)
+    _, s = make(net, torch.zeros(2, 5), total_steps=10, optimizer=o, delta_t=1, t_end=0.4, init="anew", **options)
     return net, o, s
 
 

@@ -24,7 +24,7 @@ from sparse_support import (
 # 12 weights, 6 active: .5 -.1 .3 -.2 .6 -.4; the learning rate is .5
 MASK = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
 WEIGHTS = [0.5, -0.1, 0.3, -0.2, 0.6, -0.4, 0, 0, 0, 0, 0, 0]
-PLAIN = {"l1": 0.0, "temperature": (0.0,)}
+PLAIN = {"l1": 0.0, "temperature": (0.0,), "min_per_filter": 0}
 
 
 def layer_of(**options):

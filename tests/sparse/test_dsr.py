@@ -96,7 +96,9 @@ def test_intervals_double_and_end():
 def test_weights_move_between_layers_and_each_optimizer_has_its_threshold():
     net = make_net()
     both = [torch.optim.SGD([net[0].weight], lr=0.1), torch.optim.SGD([net[2].weight, net[4].weight], lr=0.1)]
-    dsr = sparsify(net, both, method="dsr", sparsity=0.7, generator=generator(), **{**OPTIONS, "threshold": 0.1})
+    dsr = sparsify(
+        net, both, method="dsr", sparsity=0.7, generator=generator(), **{**OPTIONS, "threshold": 0.1}, min_per_filter=0
+    )
     first = dict(dsr.parts[1].kept)
     for x, y in make_batches(6):
         for optimizer in both:

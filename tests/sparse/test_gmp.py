@@ -148,7 +148,7 @@ def test_over_all_layers_the_weak_layer_pays():
     net = make_net()
     with torch.no_grad():
         net[4].weight.mul_(1e-3)
-    optimizer, gmp = make(net, lr=1e-4, total_steps=4, t_end=0.5, sparsity=0.8, distribution="global")
+    optimizer, gmp = make(net, lr=1e-4, total_steps=4, t_end=0.5, sparsity=0.8, distribution="global", min_per_filter=0)
     for batch in make_batches(2):
         one_step(net, optimizer, batch)
     kept = {name: int(m.sum()) for name, m in gmp.masks.items()}

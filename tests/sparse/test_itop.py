@@ -54,7 +54,7 @@ def test_the_share_falls_to_its_end_and_no_further(method):
 def test_explored_is_the_union_of_all_masks_and_never_falls(method):
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    options = {"sparsity": 0.9, "total_steps": 40, "delta_t": 4, "generator": generator()}
+    options = {"sparsity": 0.9, "total_steps": 40, "delta_t": 4, "generator": generator(), "min_per_filter": 0}
     itop = sparsify(net, optimizer, method=method, **options)
     union, rates = copy_masks(itop), [itop.explored()]
     assert rates[0] == pytest.approx(22 / 222)

@@ -34,7 +34,8 @@ def linear(sparsity=1 / 3, mask=MASK, weights=WEIGHTS, **options):
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weights).view(3, 4))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
-    options = {"total_steps": 8, "delta_t": 1, "phases": (0.5, 0.75), "generator": generator()} | options
+    common = {"total_steps": 8, "delta_t": 1, "phases": (0.5, 0.75), "generator": generator(), "init": "anew"}
+    options = common | {"min_per_filter": 0} | options
     mest = sparsify(layer, optimizer, method="mest", sparsity=sparsity, **options)
     if mask is not None:
         set_masks(mest, {"weight": torch.tensor(mask, dtype=torch.bool).view(3, 4)})
@@ -176,7 +177,7 @@ def test_bounds_hold_at_every_step(variant, distribution):
     """T = 160, exchanges every 5 steps, phases at 90 and 120: the authors' epochs. 222 weights, 90 %."""
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    options = {"total_steps": 160, "delta_t": 5, "variant": variant, "distribution": distribution}
+    options = {"total_steps": 160, "delta_t": 5, "variant": variant, "distribution": distribution, "min_per_filter": 0}
     mest = sparsify(net, optimizer, method="mest", sparsity=0.9, generator=generator(), **options)
     lower, upper = bounds(variant, 0.9, 3)
     target = round(0.1 * 222)

@@ -11,8 +11,8 @@ from s2sam.sparse import sync
 from s2sam.sparse.masks import unpack_bits
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sparse_ranks import STEPS, train
-from sparse_support import rows
+from sparse_ranks import STEPS, bn_net, scored_before_ddp, train
+from sparse_support import equal_masks, make_net, rows
 
 pytestmark = pytest.mark.distributed
 
@@ -80,6 +80,44 @@ def test_a_rank_may_load_weights_alone(ranks):
 
 def test_ranks_that_disagree_are_named(ranks):
     assert all("the masks of ranks [1] differ from rank 0's" in rank["broken"] for rank in ranks)
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_scores_taken_before_ddp_are_those_of_rank_0s_weights_and_all_data(name, ranks):
+    one, two = (rank["scored"][name] for rank in ranks)
+    single = scored_before_ddp(name, 0, 1)
+    assert equal_masks(one, two)
+    assert equal_masks(one, single)
+    other = bn_net(seed=1)
+    assert not torch.equal(other[0].weight, bn_net(seed=0)[0].weight)
+
+
+def test_adopted_masks_are_rank_0s_zeros(ranks):
+    for one, two, p in zip(*(rank["adopted"] for rank in ranks), [*make_net().parameters()] * 2, strict=True):
+        wanted = torch.ones_like(p, dtype=torch.bool)
+        wanted[:, ::2] = False
+        assert torch.equal(one, wanted) and torch.equal(two, wanted)
+
+
+def test_what_one_rank_finds_is_told_on_every_rank(ranks):
+    assert all("would be pruned a second time" in rank["sparse on one rank"] for rank in ranks)
+    for rank, before in zip(ranks, ("rank 1: ", ""), strict=True):
+        assert len(rank["misfit on one rank"]) == 2
+        assert all(f"{before}the masks do not fit the weights: 1 layers" in told for told in rank["misfit on one rank"])
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_a_rank_without_batches_lets_no_other_wait(name, ranks):
+    for rank, before in zip(ranks, ("rank 1: ", ""), strict=True):
+        assert f"{before}method '{name}' needs some batches and got 0" in rank["without batches"][name]
+
+
+def test_join_is_refused_at_once_by_methods_that_change_masks_and_serves_the_others(ranks):
+    for rank in ranks:
+        for name in ("rigl", "gmp"):
+            assert f"'{name}' changes its masks on all ranks at once" in rank["joined"][name]
+            assert "(drop_last)" in rank["joined"][name] and "method='static'" in rank["joined"][name]
+        assert rank["joined"]["static"] == rank["joined, frozen"] == ""
 
 
 def test_one_process_alone_needs_no_process_group():

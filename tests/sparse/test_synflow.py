@@ -62,7 +62,7 @@ def test_by_hand():
 def test_the_sum_over_a_layer_is_the_same_in_all_layers():
     net = relu_net(6, 40, 7, 25, 3)
     for _ in ("dense", "sparse"):
-        scores = attach(copy.deepcopy(net)).initial_scores(net)
+        scores = attach(copy.deepcopy(net), init="anew").initial_scores(net)
         sums = torch.stack([s.sum() for s in scores.values()])
         assert torch.allclose(sums, sums[:1].expand(4), rtol=1e-12)
         assert float(sums[0]) == pytest.approx(flow_through(net, 6), rel=1e-12)

@@ -21,7 +21,7 @@ def layer_of(lr=0.5, weight_decay=0.0, **options):
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(WEIGHTS).view(3, 4))
     optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
-    options = {"sparsity": 0.5, "backward_sparsity": 0.25} | options
+    options = {"sparsity": 0.5, "backward_sparsity": 0.25, "min_per_filter": 0} | options
     return layer, optimizer, sparsify(layer, optimizer, method="top-kast", generator=generator(), **options)
 
 

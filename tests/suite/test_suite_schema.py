@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from s2sam.registry import list_methods
 from s2sam.suite.plan import make_plan
 from s2sam.suite.schema import KEYS, is_path, load_suite, parse_suite, tables
 from s2sam.suite.tuned import check_tuned
@@ -44,6 +45,28 @@ def test_s2sam_is_that_of_the_paper_whatever_the_defaults_become(name):
         "norm",
         0.05,
     )
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+@pytest.mark.parametrize("budget", ["full", "short", "smoke"])
+def test_the_tables_let_filters_run_empty_as_published(name, budget):
+    plan = make_plan(load_suite(name), budget=budget, read_only=True)
+    takes = {row.name for row in list_methods() if "min_per_filter" in row.defaults}
+    for cell in plan.cells:
+        config = plan.config(cell, plan.suite.reference, 0)
+        expected = 0 if config.method in takes else None
+        assert config.method_options.get("min_per_filter") == expected, cell.label
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_studies_say_what_filters_keep(path):
+    """So that a default cannot change what a study's command would do."""
+    suite = load_suite(str(path))
+    plan = make_plan(suite, mode="tuned" if suite.tuned else "matched", read_only=True)
+    guarded = {row.name for row in list_methods() if row.defaults.get("min_per_filter")}
+    for cell in plan.cells:
+        config = plan.config(cell, plan.suite.reference, 0)
+        assert config.method not in guarded or "min_per_filter" in config.method_options, cell.label
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_choices_agree_with_the_library():
 
     assert AUGMENTATIONS == augment.AUGMENTATIONS
     assert DIRECTIONS == directions.DIRECTIONS
-    assert tuple(scales.SCALES) == SCALES
+    assert ("auto", *scales.SCALES) == SCALES
     assert SCOPES == scope.SCOPES
     assert SAM_SCALES == two_step.SAM_SCALES
 
@@ -133,6 +133,14 @@ def test_paper_arms_differ_in_what_makes_an_arm_only():
     for other in others:
         own = {"sparsity"} if other["method"] in ("nm", "nm-rigl", "sr-ste", "chex") else set()  # which mean another
         assert {k for k in first if first[k] != other[k]} <= {"method", "sharpness", "sparse"} | own
+
+
+def test_recipes_with_the_papers_numbers_let_filters_run_empty():
+    for row in registry.list_recipes():
+        config = load_config(row.name)
+        if "paper's hyper-parameters" in row.description and config.method != "dense":
+            default = registry.find(registry.list_methods(), config.method, "method").defaults.get("min_per_filter")
+            assert config.method_options.get("min_per_filter", default) in (0, None), row.name
 
 
 def test_options_of_other_methods_are_left_aside():

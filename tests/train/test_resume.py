@@ -71,7 +71,10 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize(
     ("method", "optimizer", "sharpness"),
-    list(itertools.product(METHODS, ["sgd", "adamw"], ["none", "s2sam", "sam"])),
+    [
+        *itertools.product(METHODS, ["sgd", "adamw"], ["none", "s2sam", "sam"]),
+        *((method, ("sgd", "adamw")[i % 2], "echo") for i, method in enumerate(METHODS)),
+    ],
 )
 def test_killed_and_resumed_is_the_unbroken_run(tmp_path, method, optimizer, sharpness):
     optim = dataclasses.replace(TINY.optim, name=optimizer)

@@ -246,7 +246,7 @@ def test_ema_is_the_recursion_and_as_sparse_as_the_network():
         expected = w.clone() if expected is None else 0.75 * expected + 0.25 * w
         if state.sparsifier.updates > updates:
             updates = state.sparsifier.updates
-            state.ema.mask(state.sparsifier.masks)
+            state.sparsifier.apply_to(state.ema.module)
             expected *= state.sparsifier.masks[name]
         averaged = dict(state.ema.module.named_parameters())[name]
         assert torch.allclose(averaged, expected, atol=1e-6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2sam import registry
+from s2sam.data.echoing import echo as echo
 from s2sam.sparse.names import unknown
 
 if TYPE_CHECKING:

@@ -26,6 +26,8 @@ class Batches:
         batch_size: images a batch; the last one is smaller unless `drop_last` (BatchNorm1d cannot train on one image).
         generator: source of all draws; its device may be the CPU or that of the data.
         augment: `augment(x, generator)` for each batch, e.g. :class:`s2sam.data.augment.Augment`; None = as stored.
+        visits: how often each batch comes in a row, with the same draws; 2 for echo. An epoch has as many batches as
+            with 1, so a permutation lasts for `visits` epochs.
 
     Raises:
         ValueError: lengths or devices differ, no batch comes out, or batch_size is no whole number >= 1.
@@ -43,6 +45,7 @@ class Batches:
         generator: torch.Generator,
         augment: Transform | None = None,
         drop_last: bool = False,
+        visits: int = 1,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
@@ -51,12 +54,14 @@ class Batches:
                 f"images and labels must match: {len(data_x)} on {data_x.device} and {len(data_y)} on {data_y.device}"
             )
         self.data_x, self.data_y, self.batch_size = data_x, data_y, batch_size
-        self.generator, self.augment, self.drop_last = generator, augment, drop_last
+        self.generator, self.augment, self.drop_last, self.visits = generator, augment, drop_last, visits
         if len(self) == 0:
             raise ValueError(f"{len(data_x)} images make no batch of {batch_size}; lower batch_size")
-        self.position = 0  #: batches handed out in the epoch under way
-        self._epoch_start: Tensor | None = None  #: generator state before its permutation; None = between epochs
+        self.position = 0  #: batches handed out of the permutation under way, each visit counted
+        self._epoch_start: Tensor | None = None  #: generator state before that permutation; None = between two
+        self._before: Tensor | None = None  #: generator state before the last first visit
         self._resuming = False
+        self._all_out = False  #: the last batch of an epoch has been handed out, and the epoch has not ended
 
     def __len__(self) -> int:
         n, size = len(self.data_x), self.batch_size
@@ -64,14 +69,30 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._permutation()
-        while self.position < len(self):
-            rows = order[self.position * self.batch_size : (self.position + 1) * self.batch_size]
+        ended = self._all_out  # the state that was loaded is that after the last batch of an epoch
+        while not ended:
+            batch, visit = divmod(self.position, self.visits)
+            if self.visits > 1 and visit == 0:
+                self._before = self.generator.get_state()
+            elif visit > 0 and self._before is not None:
+                self.generator.set_state(self._before)
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             x, y = self.data_x[rows], self.data_y[rows]
             if self.augment is not None:
                 x = self.augment(x, self.generator)
             self.position += 1
+            ended = self._all_out = self.position % len(self) == 0
             yield x, y
-        self.position, self._epoch_start = 0, None
+        self._all_out = False
+        self._resuming = self.position < self.visits * len(self)  # the next epoch goes on with this permutation
+        if not self._resuming:
+            self.position, self._epoch_start, self._before = 0, None, None
+
+    def restart(self, state: Tensor) -> None:
+        """Begin anew, with the generator in this state."""
+        self.generator.set_state(state)
+        self.position, self._epoch_start, self._before = 0, None, None
+        self._resuming = self._all_out = False
 
     def _permutation(self) -> Tensor:
         """The order of the epoch: a new one, or after :meth:`load_state_dict` that of the epoch under way."""
@@ -79,7 +100,7 @@ class Batches:
         if self._resuming and self._epoch_start is not None:
             self.generator.set_state(self._epoch_start)
         else:
-            self.position, self._epoch_start = 0, now
+            self.position, self._epoch_start, self._all_out = 0, now, False
         order = torch.randperm(len(self.data_x), generator=self.generator, device=self.generator.device)
         if self._resuming:
             self.generator.set_state(now)
@@ -95,6 +116,8 @@ class Batches:
             "images": len(self.data_x),
             "batch_size": self.batch_size,
             "drop_last": self.drop_last,
+            "before": self._before,
+            "all_out": self._all_out,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,5 +131,8 @@ class Batches:
                 raise ValueError(f"this state was saved with {key}={state[key]}, but the loader has {key}={have}")
         start = state["epoch_start"]
         self.position, self._epoch_start = int(state["position"]), None if start is None else start.cpu()
+        before = state.get("before")  # not in older states, which had one visit
+        self._before = None if before is None else before.cpu()
+        self._all_out = bool(state.get("all_out", self.position == len(self)))
         self.generator.set_state(state["generator"].cpu())
         self._resuming = self._epoch_start is not None

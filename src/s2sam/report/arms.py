@@ -17,9 +17,9 @@ Key = tuple[tuple[str, Any], ...]
 _BOOKKEEPING = frozenset(
     {"seed", "out", "name", "resume", "overwrite", "checkpoint_every", "keep_every", "evaluate_every"}
 )
-_SAM = {f"sam.{key}": value for key, value in asdict(SamConfig()).items()}
+_SAM = {f"sam.{key}": value for key, value in asdict(SamConfig(scale="norm")).items()}  # runs that name none had this
 _METHOD_NAMES = {"dense": "Dense", "rigl": "RigL", "set": "SET", "static": "Static", "magnitude": "Magnitude"}
-_SHARPNESS_NAMES = {"s2sam": "S2-SAM", "sam": "SAM"}
+_SHARPNESS_NAMES = {"s2sam": "S2-SAM", "echo": "Echo", "sam": "SAM"}
 _OPTIMIZER_NAMES = {"sgd": "SGD", "adamw": "AdamW", "adam": "Adam"}
 
 

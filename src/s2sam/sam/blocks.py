@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s2sam.sam.norms import total_norm
 from s2sam.sam.scales import Scale, fixed
+from s2sam.sam.sharded import shard, weights_move
 
 
 class Flag:
@@ -39,7 +40,8 @@ class Twin:
 class Block:
     """Parameters of one radius, device and dtype, with their buffers b and directions d (`d is b` if it lives there).
 
-    `twin` says whether b holds x, `ratio` is this radius over the one that x was made with.
+    `twin` says whether b holds x, `ratio` is this radius over the one that x was made with. p, b and d may be DTensors;
+    what moves weights takes :meth:`lists`.
     """
 
     rho: float
@@ -49,21 +51,35 @@ class Block:
     p: list[Tensor] = field(default_factory=list)
     b: list[Tensor] = field(default_factory=list)
     d: list[Tensor] = field(default_factory=list)
+    sharded: bool = False  #: some of p are DTensors
 
     @property
     def own(self) -> bool:
         """True if the direction lives in the buffer itself, so that a window uses it up."""
         return self.d is self.b
 
+    def lists(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """p, b and d, or of DTensors this rank's shards, to change in place."""
+        if not self.sharded:
+            return self.p, self.b, self.d
+        p, b, d = ([shard(t) for t in tensors] for tensors in (self.p, self.b, self.d))
+        return p, b, d
+
+    def moves(self, *, for_a_look: bool = False) -> None:
+        """To be called when the weights move: others who hold something made of DTensors learn of it."""
+        if self.sharded:
+            weights_move(self.p, for_a_look=for_a_look)
+
     @torch.no_grad()
     def untwin(self, scale: Scale) -> None:
         """b: x -> d = (x - w) / (c |w|^power), to within rounding, so that a new common norm can apply to it."""
         assert self.c is not None
-        d = list(torch._foreach_div(torch._foreach_sub(self.b, self.p), self.c))
+        w, b, _ = self.lists()
+        d = list(torch._foreach_div(torch._foreach_sub(b, w), self.c))
         if scale.power:
-            squares = scale.shaped([torch.ones_like(p) for p in self.p], self.p)
+            squares = scale.shaped([torch.ones_like(t) for t in w], w)
             d = [t.nan_to_num_(0.0, 0.0, 0.0) for t in torch._foreach_div(d, squares)]  # at w = 0 nothing moves
-        torch._foreach_copy_(self.b, d)
+        torch._foreach_copy_(b, d)
         self.twin, self.ratio = False, 1.0
 
 
@@ -78,5 +94,5 @@ def coefficients(blocks: Sequence[Block], scale: Scale, sign: int) -> dict[int, 
             n * block.twin.clear if isinstance(block.twin, Flag) else n for n, block in zip(norms, new, strict=True)
         ]
     d_norm = norms[0] if len(new) == 1 else total_norm(norms, floor=True)
-    w_norm = total_norm([p for block in new for p in block.p]) if scale.relative else None
-    return {id(k): scale.coefficient(sign * k.rho, d_norm, w_norm).to(k.p[0].device) for k in new}
+    unit = scale.unit([p for block in new for p in block.p])
+    return {id(k): scale.coefficient(sign * k.rho, d_norm, unit).to(k.p[0].device) for k in new}

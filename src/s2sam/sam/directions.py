@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from s2sam.sam.blocks import Flag
 from s2sam.sam.displacement import SCRATCH_BYTES, copy_unless_, pieces
+from s2sam.sam.sharded import is_sharded, local, shard_like
 from s2sam.tensors import alike, by_kind
 
 KEY = "s2sam_buffer"  #: name of the buffer b in optimizer.state[p]
@@ -75,7 +76,7 @@ class Gradient:
         flag = news.flag
         if news.plain:
             self._write(news)
-        gone = [row.b for row in news.gone]
+        gone = local([row.b for row in news.gone])
         if gone and flag is None:
             torch._foreach_zero_(gone)
         if flag is not None:
@@ -89,7 +90,7 @@ class Gradient:
 
     def _write(self, news: News) -> None:
         """b <- direction, or x if skipped, for the plain ones."""
-        torch._foreach_copy_([row.b for row in news.plain], [row.g for row in news.plain])
+        torch._foreach_copy_(local([row.b for row in news.plain]), local([row.g for row in news.plain]))
 
     def _fresh(self, news: News) -> list[Tensor]:
         """The directions of the conditional ones."""
@@ -104,8 +105,11 @@ class Random(Gradient):
     first parameter), so nothing but the seed needs saving, and who has a gradient does not move a draw. The seed is
     drawn from the generator, is rank 0's on all ranks, and is kept in `param_groups[0]["s2sam_seed"]`.
 
+    Of a sharded parameter every rank draws all the noise, the same as one process would, and keeps that of its shard.
+
     Cost: no further buffer; a draw per batch, two views for each shape in it, and about 64 bytes. In a fused step that
-    closes no window (rho = 0) one copy of the parameters for a moment.
+    closes no window (rho = 0) one copy of the parameters for a moment. Sharded: the noise of a whole parameter for a
+    moment.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
@@ -139,8 +143,10 @@ class Random(Gradient):
             if not chosen:
                 continue
             noise = self._noise(news, batch, chosen[0][1])
-            lists = [noise[row.index] for row, _ in chosen], [row.g for row, _ in chosen], [row.p for row, _ in chosen]
-            for drawn, g, w, b in pieces(*lists, [b for _, b in chosen]):
+            rows_here = [row for row, _ in chosen]
+            drawn_here = [shard_like(noise[row.index], row.p) for row in rows_here]
+            lists = local([row.g for row in rows_here]), local([row.p for row in rows_here])
+            for drawn, g, w, b in pieces(drawn_here, *lists, local([b for _, b in chosen])):
                 active = torch._foreach_abs(g)
                 torch._foreach_add_(active, torch._foreach_abs(w))
                 torch._foreach_sign_(active)
@@ -154,7 +160,7 @@ class Random(Gradient):
         if first.device not in self._generators:
             self._generators[first.device] = torch.Generator(first.device)
         generator = self._generators[first.device].manual_seed(noise_seed(news.group[SEED], news.step, batch[0][0]))
-        if len(batch) == len(batch[0]) == 1:
+        if len(batch) == len(batch[0]) == 1 and not is_sharded(alone):
             return {batch[0][0]: alone.normal_(generator=generator)}
         flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device).normal_(generator=generator)
         found: dict[int, Tensor] = {}
@@ -210,7 +216,7 @@ class Ema(Gradient):
         rows, beta, flag = news.plain + news.conditional, self.beta, news.flag
         means, gone = ([self._mean(row) for row in part] for part in (rows, news.gone))
         if rows and flag is None:
-            torch._foreach_lerp_(means, [row.g for row in rows], 1 - beta)
+            torch._foreach_lerp_(local(means), local([row.g for row in rows]), 1 - beta)
         elif rows and flag is not None:
             copy_unless_(means, [row.g for row in rows], flag.set, keep=beta)
         for mean in gone:

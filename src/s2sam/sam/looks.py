@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2sam.private_torch import computing
+from s2sam.sam.sharded import storage
 from s2sam.sam.slot import Slot
 
 
@@ -57,11 +59,12 @@ class Looks:
         self._swap()
 
     def _swap(self) -> None:
-        for slot in self._slots:
-            slot.peek()
+        with computing():
+            for slot in self._slots:
+                slot.peek()
 
     def _save(self, saved: Tensor) -> Tensor:
         """Copy what shares its storage with a displaced parameter."""
-        address = saved.untyped_storage().data_ptr()
-        ours = (p for slot in self._slots for block in slot.blocks for p in block.p)
-        return saved.clone() if any(p.untyped_storage().data_ptr() == address for p in ours) else saved
+        address = storage(saved)
+        ours = (t for slot in self._slots for t in slot.shown())
+        return saved.clone() if any(storage(t) == address for t in ours) else saved

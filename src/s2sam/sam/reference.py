@@ -84,6 +84,7 @@ class ReferenceS2SAM:
             ]
             norm = _norm(weighted)
             size = _norm([w for w, d in zip(self._w, directions, strict=True) if d is not None])
+            active = sum(int((w != 0).sum()) for w, d in zip(self._w, directions, strict=True) if d is not None)
             out = []
             for w, d in zip(self._w, directions, strict=True):
                 x = w.detach().clone()
@@ -97,6 +98,8 @@ class ReferenceS2SAM:
                     e = self.sign * rho[id(w)] * d / norm
                     if self.scale == "relative":
                         e = e * size
+                    if self.scale == "rms":
+                        e = e * math.sqrt(active)
                     if self.scale == "asam":
                         e = e * w * w
                     x = x + e

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ def late(total_steps: int, start: float = 0.75, *, rho: float = 1.0) -> Schedule
         [0.0, 0.0, 0.1, 0.1]
     """
     first, radius = check_number("start", start, 0.0, 1.0) * _steps(total_steps), check_number("rho", rho)
-    return lambda step: radius * (step >= first)
+    return partial(_late, first, radius)
 
 
 def rising(total_steps: int, power: float = 1.0, *, rho: float = 1.0) -> Schedule:
@@ -40,7 +41,7 @@ def rising(total_steps: int, power: float = 1.0, *, rho: float = 1.0) -> Schedul
     total, radius = _steps(total_steps), check_number("rho", rho)
     if check_number("power", power) == 0:
         raise ValueError("power must be above 0")
-    return lambda step: radius * float(min(1.0, step / total) ** power)
+    return partial(_rising, total, power, radius)
 
 
 def like_lr(optimizer: Optimizer, *, rho: float = 1.0) -> Schedule:
@@ -84,6 +85,19 @@ class _Sparsifier(Protocol):
     def parts(self) -> Sequence[_Part]: ...
 
 
+def every_second(rho: float = 1.0, period: int | None = None) -> Schedule:
+    """0 in the first, third, ... step, `rho` in the second, fourth, ...: what echo needs (:meth:`S2SAM.echo`).
+
+    Each batch is trained on twice in a row; the step on the first visit is plain, and its gradient is the direction in
+    which the second visit is displaced. After `period` steps it begins anew with a first visit, also if they are odd.
+
+    Example:
+        >>> [every_second(0.1)(t) for t in range(4)], [every_second(period=3)(t) for t in range(6)]
+        ([0.0, 0.1, 0.0, 0.1], [0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    """
+    return partial(_every_second, check_number("rho", rho), None if period is None else _steps(period))
+
+
 def clean_growth(sparsifier: _Sparsifier, rho: float | Schedule = 1.0) -> Schedule:
     """0 in the steps whose gradient chooses where weights grow (RigL and kin), `rho` in all others.
 
@@ -113,6 +127,18 @@ def clean_growth(sparsifier: _Sparsifier, rho: float | Schedule = 1.0) -> Schedu
         return schedule(step) if callable(schedule) else schedule
 
     return radius
+
+
+def _late(first: float, radius: float, step: int) -> float:
+    return radius * (step >= first)
+
+
+def _rising(total: int, power: float, radius: float, step: int) -> float:
+    return radius * float(min(1.0, step / total) ** power)
+
+
+def _every_second(radius: float, period: int | None, step: int) -> float:
+    return radius * ((step if period is None else step % period) % 2)
 
 
 def _steps(total_steps: int) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from s2sam.sam.displacement import pieces
-from s2sam.sam.norms import FLOOR, constant, real, total_norm, widen
+from s2sam.sam.norms import FLOOR, constant, global_norm, real, root_of_count, total_norm, widen
+from s2sam.sam.sharded import has_shards
 from s2sam.tensors import alike
 
 
@@ -25,16 +26,19 @@ class Scale:
     asam      w^2 d                    rho / || |w| d ||      || e / |w| || = rho
     step      d                        rho lr                 ||e|| = rho lr ||d||
     filter    ||w_f|| d_f / ||d_f||    rho                    ||e_f|| = rho ||w_f||
+    rms       d                        rho sqrt(p) / ||d||    ||e|| = rho sqrt(p)
     ========  =======================  =====================  ==========================
 
     A filter is a slice along dim 0 of a tensor with at least 2 dims; one with d_f = 0 or w_f = 0 gets e_f = 0. Pruned
-    weights get e = 0: their d is 0, which masked gradients ensure, and asam multiplies by w as well.
+    weights get e = 0: their d is 0, which masked gradients ensure, and asam multiplies by w as well. p is the number of
+    weights that are not 0, so that rho of "rms" is the root mean square of the displacement of an active weight.
     """
 
     power: int = 0  #: of |w| in shaped(d, w)
     relative: bool = False  #: rho counts in units of ||w||
     by_lr: bool = False  #: the radius is rho times the learning rate of the group, and d is not normalised
     filters: bool = False  #: each filter by itself; tensors with fewer than 2 dims take no part
+    rms: bool = False  #: rho counts in units of sqrt(p)
 
     @property
     def plain(self) -> bool:
@@ -55,15 +59,23 @@ class Scale:
         conjugate = [t.conj() for t in w] if w[0].is_complex() else w
         return list(torch._foreach_mul(torch._foreach_mul(d, w), conjugate))
 
-    def coefficient(self, rho: float, d_norm: Tensor, w_norm: Tensor | None) -> Tensor:
+    def unit(self, w: list[Tensor]) -> Tensor | None:
+        """What rho counts in, of all weights that are displaced together; None if it is a length itself."""
+        if self.relative:
+            return total_norm(w)
+        return root_of_count(w) if self.rms else None
+
+    def coefficient(self, rho: float, d_norm: Tensor, unit: Tensor | None) -> Tensor:
         """The number c, if it needs the common norm of all directions."""
         size = constant(rho, d_norm.device, d_norm.dtype)
-        return (size if w_norm is None else size * w_norm) / d_norm
+        return (size if unit is None else size * unit) / d_norm
 
     def direction_norm(self, d: list[Tensor], w: list[Tensor]) -> Tensor:
-        """|| |w|^(power / 2) d ||_2, never 0."""
+        """|| |w|^(power / 2) d ||_2 over all ranks, never 0."""
         if self.power == 0:
             return total_norm(d, floor=True)
+        if has_shards(d):
+            return global_norm(self.direction_norm, d, d, w, floor=True)
         parts = [total_norm(list(torch._foreach_mul(dd, ww))) for dd, ww in pieces(d, w)]
         return total_norm(parts, floor=True)
 
@@ -74,6 +86,7 @@ SCALES = {
     "relative": Scale(relative=True),
     "filter": Scale(filters=True),
     "asam": Scale(power=2),
+    "rms": Scale(rms=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2sam.detached import DetachedCopy
 from s2sam.hooks import (
     Closure,
     Phase,
@@ -22,17 +24,22 @@ from s2sam.hooks import (
     release_sharpness,
     step_hooks,
 )
+from s2sam.private_torch import computing, is_in_backward, is_tracing, is_transforming
 from s2sam.sam.blocks import Block, Flag, coefficients
 from s2sam.sam.directions import make_direction
-from s2sam.sam.guard import guard
+from s2sam.sam.guard import CLEAN_GRADIENT, MIXED_GRADIENTS, WRITTEN, complain
 from s2sam.sam.looks import Looks
-from s2sam.sam.model_hooks import check_models, hook_models
+from s2sam.sam.model_hooks import Places, check_models, hook_models
 from s2sam.sam.norms import all_finite, largest
 from s2sam.sam.options import Options, paper_options
+from s2sam.sam.rho import every_second
 from s2sam.sam.scales import SCALES
 from s2sam.sam.scope import Scope
+from s2sam.sam.sharded import address, any_rank, check_sharding, has_shards, place_gradients
 from s2sam.sam.slot import Slot
 from s2sam.sam.stats import Stats
+
+ECHO_SCALE, ECHO_RHO = "relative", 0.04  #: see S2SAM.echo
 
 
 class S2SAM:
@@ -56,9 +63,9 @@ class S2SAM:
         optimizer: any first-order torch optimizer, or a list of them that share one norm. It stays what it is.
         model: Module or list of Modules whose training forwards open the window. Without it use `displaced()`,
             `displace()`, or `optimizer.step(closure)`, which displaces around the closure.
-        rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts); or a
-            function of the number of finished steps, which multiplies the groups' "rho" (1 where there is none), such
-            as those of :mod:`s2sam.sam.rho`.
+        rho: radius, >= 0, put into every param_group that has no "rho" of its own (one from a checkpoint counts), or
+            "sam_rho" where the optimizer has a "rho" itself; or a function of the number of finished steps, which
+            multiplies the groups' (1 where there is none), such as those of :mod:`s2sam.sam.rho`.
         direction: "gradient", g_{t-1}; "momentum", the base optimizer's buffer (SGD's contains coupled weight decay;
             `stats` logs its share); "ema", a mean of the gradients; "random", N(0, 1) on active coordinates, a control.
         sign: s, +1 (the paper) or -1 (the lookahead side).
@@ -66,6 +73,8 @@ class S2SAM:
             (e = rho lr d with the group's learning rate when the window opens: for SGD, sign -1, direction "momentum"
             and rho = momentum this is Nesterov's point; for adaptive optimizers d is not their update), or "filter"
             (\|e_f\| = rho \|w_f\| for each slice f along dim 0; tensors with fewer than 2 dims stay where they are).
+            "rms": \|e\| = rho sqrt(p) for the p weights that are not 0, so that rho is a size per active weight. Norms
+            of d below 1e-18 in fp32 count as that, so that e is then shorter.
         scope: "all", "weights" (tensors with at least 2 dims) or "norm" (what normalisation layers of `model` own).
             Parameters out of scope have no buffer and are in no norm and not in the guard.
         ema_beta: d_t = beta d_{t-1} + (1 - beta) g_t, for direction "ema".
@@ -80,11 +89,16 @@ class S2SAM:
     Raises:
         ValueError: an argument is out of range or without effect beside another, nothing is in scope, a function for
             rho returns no finite number >= 0, the optimizer already has a sharpness method, its hooks never fire, it
-            calls closures repeatedly, or it shares no parameter with the model.
-        RuntimeError: see on_clean_grad; or the window would open while a backward runs (reentrant checkpointing).
+            calls closures repeatedly, it shares no parameter with the model, or they are sharded by FSDP1.
+        RuntimeError: see on_clean_grad; the window would open, or step() is called, while a backward runs (reentrant
+            checkpointing, an optimizer inside the backward), or inside a forward for which FSDP2 has gathered the
+            weights already; somebody has written to displaced weights; the model no longer holds the parameters.
+            docs/guarantees.md has every case.
 
     Cost: one gradient a step, one buffer per parameter in scope ("ema": two), 52 bytes of traffic per fp32 parameter
-    and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not.
+    and step (fused: 60), of which 4 look for gradients that are not finite, in scope or not. Sharded parameters
+    (DTensors of FSDP2 or tensor parallelism): buffers and traffic of the shards, two all_reduces of one number for each
+    dim of the mesh, and fused optimizers read one number on the host as well.
 
     Worth: in this project's study (results/direction-study, a small proxy) no variant beat tuned Nesterov, and the
     default lost to it with RigL. Compare with `nesterov=True` before you rely on a gain.
@@ -122,6 +136,7 @@ class S2SAM:
         self.optimizers, models = check_optimizers(optimizer), check_models(model)
         options = Options(direction, sign, scale, scope, ema_beta, generator, nonfinite, on_clean_grad)
         options.check()
+        check_sharding(self.optimizers, models, filters=SCALES[scale].filters)
         options.check_members(self.optimizers, models)
         self.direction, self.sign, self.scale = direction, sign, SCALES[scale]
         self.nonfinite, self.on_clean_grad = nonfinite, on_clean_grad
@@ -136,6 +151,7 @@ class S2SAM:
         self._stats = Stats(int(check_number("stats_every", stats_every)))
         self._looks = Looks(self._slots)
         hooks = claim_sharpness(self.optimizers, self, radius)
+        self._places = Places(models, parameters)
         self._handles: list[Any] = hook_models(self, models)
         for slot, h in zip(self._slots, hooks, strict=True):
             self._attach(slot, h)
@@ -167,6 +183,129 @@ class S2SAM:
         """
         return cls(optimizer, model=model, rho=rho, **paper_options(rho, options))
 
+    @classmethod
+    def echo(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = ECHO_RHO,
+        scale: str = ECHO_SCALE,
+        period: int | None = None,
+        **options: Any,
+    ) -> S2SAM:
+        r"""Single-step SAM with SAM's own mechanism: each batch twice, the second visit displaced by the first one.
+
+        .. math::
+            g_{2k} = \nabla L_k(w_{2k}), \qquad
+            g_{2k+1} = \nabla L_k(w_{2k+1} + \rho\, g_{2k} / \|g_{2k}\|)
+
+        SAM's force needs the gradient of the *same* batch; that of the batch before, which the paper uses, acts as a
+        momentum filter. Here the direction of every displaced step is the same batch's. Give every batch twice in a
+        row: `for x, y in s2sam.data.echo(loader)`. One gradient a step, no further buffer, half as many distinct
+        batches for the same number of steps. Updates of masks fall on first visits: growth sees the gradient at w.
+
+        Args:
+            optimizer: as in the class.
+            model: as in the class.
+            rho: radius of the second visits, in units of the scale.
+            scale: as in the class.
+            period: steps after which the visits begin anew with a first one, for trainings of an odd number of steps
+                that follow one another.
+            options: what else the class takes, but direction, sign and a function for rho.
+
+        Raises:
+            ValueError: an option that would make it something else; or as the class.
+
+        Caveats: a gain was seen where a network over-fits or labels are wrong, with ||e|| of percents of ||w||, and
+        none where it underfits (docs/echo.md). Too large a radius ends in chance accuracy. A step that a GradScaler
+        skips must be counted by :meth:`missed_step`, or first and second visits change places.
+
+        Example:
+            >>> w = nn.Parameter(torch.tensor([3.0]))
+            >>> optimizer = torch.optim.SGD([w], lr=0.1)
+            >>> sam = S2SAM.echo(optimizer, rho=0.5, scale="norm")
+            >>> for _ in range(2):                             # both visits of one batch
+            ...     with sam.displaced():
+            ...         (w ** 2).sum().div(2).backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            >>> w.data                                         # 2.7 - 0.1 * (2.7 + 0.5)
+            tensor([2.3800])
+        """
+        fixed = {"direction": "gradient", "sign": 1}
+        for name, value in options.items():
+            if name in fixed and value != fixed[name]:
+                raise ValueError(f"S2SAM.echo means {name}={fixed[name]!r}; for {name}={value!r} call S2SAM itself")
+        if callable(rho):
+            raise ValueError("S2SAM.echo has a schedule of its own; give rho as a number")
+        made = cls(optimizer, model=model, rho=every_second(rho, period), scale=scale, **options)
+        for o in made.optimizers:
+            step_hooks(o).visits = 2
+        return made
+
+    @classmethod
+    def momentum(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = 0.02,
+        **options: Any,
+    ) -> S2SAM:
+        """MSAM: e = -rho ||w|| m / ||m|| along the optimizer's own momentum (arXiv:2401.12033), no further buffer of d.
+
+        Caveats: like every displacement that is linear in past gradients it is another momentum filter; with
+        rho ||w|| = lr mu ||m|| it is Nesterov's method. Compare with `nesterov=True`.
+
+        Args:
+            optimizer: as in the class; it needs momentum.
+            model: as in the class.
+            rho: ||e|| over ||w||; start from 0.02.
+            options: what else the class takes.
+
+        Example:
+            >>> sam = S2SAM.momentum(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9))
+            >>> sam.direction, sam.sign
+            ('momentum', -1)
+        """
+        preset: dict[str, Any] = {"direction": "momentum", "sign": -1, "scale": "relative"}
+        return cls(optimizer, model=model, rho=rho, **preset | options)
+
+    @classmethod
+    def noise(
+        cls,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        rho: float = 0.01,
+        **options: Any,
+    ) -> S2SAM:
+        """Isotropic noise, e = rho z with z ~ N(0, 1) on active weights (Anti-PGD, arXiv:2202.02831): a control.
+
+        It penalises the trace of the Hessian by rho^2 / 2 for any batch size, so rho is a size per weight.
+
+        Caveats: what it gains a sharpness method must beat to have gained by its direction.
+
+        Args:
+            optimizer: as in the class.
+            model: as in the class.
+            rho: root mean square of the noise of one weight; start from 0.01.
+            options: what else the class takes, such as `generator`.
+
+        Example:
+            >>> sam = S2SAM.noise(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+            >>> sam.direction
+            'random'
+        """
+        return cls(optimizer, model=model, rho=rho, **{"direction": "random", "scale": "rms"} | options)
+
+    def __reduce__(self) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        return DetachedCopy, (
+            "an S2SAM",
+            "call S2SAM(optimizer, model=model) on the copied model and optimizer, whose state_dict holds its state",
+        )
+
     def _attach(self, slot: Slot, hooks: StepHooks) -> None:
         hooks.run_closure = self._run_closure
         o = slot.optimizer
@@ -186,16 +325,19 @@ class S2SAM:
         """Move all parameters from w to x = w + e, unless they are there already. Counts as a displaced forward."""
         if self._looks.clean:
             return
-        for slot in self._slots:
-            slot.fresh = True
+        if any(slot.written() for slot in self._slots):
+            self.restore(warn=False)
+            raise RuntimeError(WRITTEN)
         closed = [(slot, slot.displaceable()) for slot in self._slots if not slot.open]
         if not any(blocks for _, blocks in closed):
+            for slot in self._slots:
+                slot.fresh = True
             for slot, _ in closed:
                 slot.open = True
             if closed and self._stats.due(self._slots[0].step):
                 self._stats.no_displacement()
             return
-        if torch._C._current_graph_task_id() != -1:
+        if is_in_backward():
             raise RuntimeError(
                 "S2SAM: a displacement was requested while a backward runs, so the forward it belongs to used the "
                 "clean weights; use torch.utils.checkpoint with use_reentrant=False"
@@ -205,7 +347,16 @@ class S2SAM:
                 "S2SAM: a CUDA graph that captures the whole step would replay this step's rho and window for ever; "
                 "capture forward and backward only (torch.compile with mode='reduce-overhead' does)"
             )
-        self._open(closed)
+        self._check_mixed([slot for slot, blocks in closed if blocks and not slot.fresh])
+        for slot in self._slots:
+            slot.fresh = True
+        with computing():
+            self._open(closed)
+
+    def _check_mixed(self, slots: list[Slot]) -> None:
+        """No gradient that was taken at w since the last step may be there when the first window of a step opens."""
+        if self.on_clean_grad != "ignore" and any(slot.watch.added(slot.with_direction()) for slot in slots):
+            complain(self.on_clean_grad, MIXED_GRADIENTS)
 
     @torch.no_grad()
     def _open(self, closed: list[tuple[Slot, list[Block]]]) -> None:
@@ -223,12 +374,28 @@ class S2SAM:
         if measure:
             self._stats.after_displace(self.sign)
 
-    def restore(self) -> None:
-        """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed."""
+    def restore(self, *, warn: bool = True) -> None:
+        """Move all parameters back to w and close the window; the next one opens at the same x. Harmless if closed.
+
+        Args:
+            warn: say so if somebody has written to weights while they were displaced, which this undoes.
+        """
+        if warn and any(slot.written() for slot in self._slots):
+            warnings.warn(WRITTEN, stacklevel=2)
         self._looks.end()
+        self._clean_heirs()
         for slot in self._slots:
             if slot.open:
                 slot.restore(keep=True)
+
+    @torch.no_grad()
+    def _clean_heirs(self) -> None:
+        """Parameters that were copied from displaced ones and took their places (a conversion) get w, too."""
+        heirs = self._places.heirs() if any(slot.blocks for slot in self._slots) else {}
+        for p, b in (pair for slot in self._slots if heirs for k in slot.blocks for pair in zip(k.p, k.b, strict=True)):
+            q = heirs.get(id(p))
+            if type(q) is nn.Parameter and q.shape == p.shape and torch.equal(q.to(p.device), p.to(q.dtype)):
+                q.copy_(b)
 
     @contextmanager
     def displaced(self) -> Iterator[None]:
@@ -257,8 +424,9 @@ class S2SAM:
     def stats(self) -> dict[str, float]:
         """What was measured last (see `stats_every`), as floats; reading it waits for the device.
 
-        step, displacement ||x - w||, projection (of x - w on the intended direction), gradient_norm (unscaled, of
-        active weights), alignment (cosine of g_t and the direction used), skipped (steps so far), decay_share.
+        step, displacement ||x - w||, relative (that over ||w||), projection (of x - w on the intended direction),
+        gradient_norm (unscaled, of active weights), alignment (cosine of g_t and the direction used), skipped (steps so
+        far), decay_share.
         """
         return self._stats.read(self.step)
 
@@ -297,14 +465,27 @@ class S2SAM:
             handle.remove()
         self._handles.clear()
         for slot in self._slots:
+            step_hooks(slot.optimizer).visits = 1
             release_sharpness(step_hooks(slot.optimizer))
             slot.clear()
 
     # What the model hooks and the closure call
 
     def _enter_forward(self, module: nn.Module | None, clean: bool) -> None:
+        if is_tracing() or (clean and is_transforming()):
+            # What is recorded is no training step, and is to hold w. A look at w inside a torch.func transform could
+            # not tell torch to keep w for the graph that it builds, so the window is closed there as well.
+            with computing():
+                self.restore()
+            self._looks.enter(module, clean=False)
+            return
+        try:
+            opens = not clean and self._places.hold()
+        except RuntimeError:
+            self.restore()
+            raise
         self._looks.enter(module, clean)
-        if not clean:
+        if opens:
             self.displace()
 
     def _leave_forward(self) -> None:
@@ -314,7 +495,7 @@ class S2SAM:
         """Displaced parameters and where their w is now, by the address of their storage."""
         clean = self._looks.clean
         blocks = [block for slot in self._slots for block in slot.blocks]
-        return {p.data_ptr(): (p, p if clean else b) for k in blocks for p, b in zip(k.p, k.b, strict=True)}
+        return {address(p): (p, p if clean else b) for k in blocks for p, b in zip(k.p, k.b, strict=True)}
 
     def _weights_replaced(self, load: object) -> None:
         for slot in self._slots:
@@ -331,14 +512,32 @@ class S2SAM:
     # The phases of a step
 
     def _check(self, slot: Slot, context: StepContext) -> None:
+        if is_in_backward():
+            raise RuntimeError(
+                "S2SAM: optimizer.step() was called while the backward is still running (an optimizer in the backward, "
+                "register_post_accumulate_grad_hook), and would take the displaced weights away from the rest of it; "
+                "call optimizer.step() after loss.backward()"
+            )
+        sharded = has_shards(context.gradients())
+        if sharded:
+            place_gradients(context.parameters())
         gradients = context.gradients()
         if any(g.layout != torch.strided for g in gradients):
             raise ValueError("S2SAM: sparse gradients are not supported; build the embedding with sparse=False")
-        guard(slot, self.on_clean_grad)
+        if any(other.written() for other in self._slots):
+            self.restore(warn=False)
+            raise RuntimeError(WRITTEN)
+        if not slot.fresh and self.on_clean_grad != "ignore" and any(p.grad is not None for p in slot.with_direction()):
+            complain(self.on_clean_grad, CLEAN_GRADIENT.format(name=type(slot.optimizer).__name__))
+        if sharded and context.found_inf is not None:  # a GradScaler's, which has seen the shards of this rank
+            context.skip, context.found_inf = any_rank(bool(context.found_inf), gradients), None
+            self._stats.count_skips(int(context.skip))
+            if context.skip:
+                return
         if self.nonfinite == "ignore" or not gradients:
             return
         new = any(slot.is_new(p) for p in slot.parameters())
-        if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not new:
+        if getattr(slot.optimizer, "_step_supports_amp_scaling", False) and not (new or sharded):
             zero = largest(gradients) * 0  # or NaN
             found = zero.nan_to_num(1.0).float()
             slot.poison = zero if context.found_inf is None else None
@@ -367,9 +566,9 @@ class S2SAM:
 
     def _before_load(self, slot: Slot) -> None:
         self.restore()
-        self._rhos = [group["rho"] for group in slot.optimizer.param_groups]
+        self._rhos = [group[slot.rho_key] for group in slot.optimizer.param_groups]
 
     def _after_load(self, slot: Slot) -> None:
         for group, rho in zip(slot.optimizer.param_groups, self._rhos, strict=True):
-            group.setdefault("rho", rho)
+            group.setdefault(slot.rho_key, rho)
         slot.load()

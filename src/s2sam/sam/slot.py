@@ -6,20 +6,31 @@ move in place: wherever they do here, those copies are cleared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from s2sam.hooks import check_number
+from s2sam.hooks import check_number, rho_key
 from s2sam.sam.blocks import Block, Flag, Twin
 from s2sam.sam.directions import EMA, KEY, SEED, Gradient, News, Row, where_it_is
 from s2sam.sam.displacement import choose_, copy_unless_, displace_, reopen_, restore_, swap_
+from s2sam.sam.guard import GradientWatch
 from s2sam.sam.norms import constant, real
 from s2sam.sam.scales import Scale
 from s2sam.sam.scope import Scope
+from s2sam.sam.sharded import (
+    address,
+    check_placements,
+    gathered_copies,
+    has_shards,
+    is_sharded,
+    local,
+    placed_like,
+    refuse_inside_forward,
+)
 
 STEP, TWINS = "s2sam_step", "s2sam_twins"  #: what param_groups[0] holds
 
@@ -37,6 +48,10 @@ class Slot:
     ) -> None:
         self.optimizer, self.direction, self.scale, self.scope = optimizer, direction, scale, scope
         self.factor = factor
+        self.rho_key = rho_key(optimizer)  #: of the radius in the groups
+        self.watch = GradientWatch()
+        self._versions: list[tuple[int, int]] = []  #: version and address of the displaced parameters
+        self._looking = self._tainted = False  #: w is shown for a moment; x was written to
         self._seen: set[int] = set()  #: parameters out of scope that have had a gradient
         self.open = False  #: between displace and restore
         self.fresh = False  #: a displaced forward or displace() happened since the last step
@@ -58,8 +73,8 @@ class Slot:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def rho(self, group: dict[str, Any]) -> float:
-        """rho of a group for the coming step: group["rho"] times the schedule's factor; ValueError if unusable."""
-        rho = check_number("rho", group["rho"])
+        """rho of a group for the coming step: the group's own times the schedule's factor; ValueError if unusable."""
+        rho = check_number(self.rho_key, group[self.rho_key])
         return rho if self.factor is None else rho * check_number(f"rho({self.step})", self.factor(self.step))
 
     def radius(self, group: dict[str, Any]) -> float:
@@ -74,6 +89,11 @@ class Slot:
     def is_new(self, p: Tensor) -> bool:
         """True if `p` is about to get its first gradient."""
         return p.grad is not None and (self.buffer(p) is None if p in self.scope else id(p) not in self._seen)
+
+    def with_direction(self) -> list[Tensor]:
+        """The parameters with a buffer whose group has a radius above 0 now: those that a window displaces."""
+        groups = [group for group in self.optimizer.param_groups if self.rho(group) > 0]
+        return [p for group in groups for p in group["params"] if self.buffer(p) is not None]
 
     # The window
 
@@ -106,41 +126,74 @@ class Slot:
                 block.b.append(b)
                 if not self.direction.own:
                     block.d.append(d)
+        for block in blocks.values():
+            block.sharded = has_shards(block.p)
+        self._check_shards([block for block in blocks.values() if block.sharded])
         return list(blocks.values())
+
+    def _check_shards(self, blocks: list[Block]) -> None:
+        """Make buffers and directions of sharded parameters lie as these do, or raise, before a weight has moved."""
+        parameters = [p for block in blocks for p in block.p]
+        if not parameters:
+            return
+        check_placements(filter(is_sharded, parameters), filters=self.scale.filters)
+        refuse_inside_forward(parameters)
+        for block in blocks:
+            for i, p in enumerate(block.p):
+                block.b[i] = self.optimizer.state[p][KEY] = placed_like(block.b[i], p)
+                if not block.own:
+                    block.d[i] = placed_like(block.d[i], p)
 
     @torch.no_grad()
     def displace(self, blocks: list[Block], coefficients: dict[int, Tensor], scale: Scale) -> None:
         """Open the window: w -> x, with e = c shaped(d, w) and c by id(block), except for twins."""
         for block in blocks:
+            block.moves()
+            w, b, d = block.lists()
             if block.twin is False:
                 block.c = coefficients[id(block)]
-                displace_(block.p, block.b, block.d, block.c, scale)
+                displace_(w, b, d, block.c, scale)
             elif block.twin is True and block.ratio == 1:
-                swap_(block.p, block.b)
+                swap_(w, b)
             elif block.twin is True and block.p[0].is_complex():
-                reopen_(block.p, block.b, block.ratio)
+                reopen_(w, b, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             elif block.twin is True:  # the same arithmetic as where only the device knows, so that resuming is exact
                 c, one, zero = (constant(v, block.p[0].device, torch.float32) for v in (0.0, 1.0, 0.0))
-                choose_(block.p, block.b, block.d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
+                choose_(w, b, d, c.to(real(block.p[0])), scale, one, zero, block.ratio)
                 block.c = None if block.c is None else block.c * block.ratio
             else:
                 c, flag = coefficients[id(block)], block.twin
-                choose_(block.p, block.b, block.d, c, scale, flag.set, flag.clear, block.ratio)
+                choose_(w, b, d, c, scale, flag.set, flag.clear, block.ratio)
                 block.c = None
             for p in block.p:
                 self.twins.pop(id(p), None)
-        self.blocks, self.open = blocks, True
+        self.blocks, self.open, self._looking, self._tainted = blocks, True, False, False
+        self._versions = self._versions_now()
         torch.clear_autocast_cache()
+
+    def _versions_now(self) -> list[tuple[int, int]]:
+        return [(p._version, address(p)) for block in self.blocks for p in block.p]
+
+    def written(self) -> bool:
+        """True if somebody has written to displaced parameters; new memory (`.to()`, a flattened RNN) is no write."""
+        if not (self._looking or self._tainted):
+            now = self._versions_now()
+            pairs = zip(self._versions, now, strict=True) if now != self._versions else ()
+            self._tainted = any(new[0] != old[0] and new[1] == old[1] for old, new in pairs)
+        return self._tainted
 
     @torch.no_grad()
     def restore(self, *, keep: bool, flag: Flag | None = None) -> None:
         """Close the window: x -> w.
 
-        With `keep`, buffers keep x, so that the next window opens at the same x. With `flag` as well, only the device
-        knows whether that is needed: x goes into the gradients, worthless if it is, and comes back in :meth:`store`.
+        With `keep`, buffers keep x, so that the next window opens at the same x; not if somebody has written to x. With
+        `flag` as well, only the device knows whether that is needed: x goes into the gradients, worthless if it is, and
+        comes back in :meth:`store`.
         """
+        keep = keep and not self.written()
         for block in self.blocks:
+            block.moves()
             if keep and block.own:
                 pairs = list(zip(block.p, block.b, strict=True))
                 carried = [] if flag is None else [(p, b, p.grad) for p, b in pairs if p.grad is not None]
@@ -152,22 +205,38 @@ class Slot:
                     self._carried += ps
                     self.spent += bs
                 if swapped:
-                    swap_([p for p, _ in swapped], [b for _, b in swapped])
+                    swap_(local([p for p, _ in swapped]), local([b for _, b in swapped]))
                 self.twins.update((id(p), Twin(block.rho, block.c, p._version)) for p in block.p)
             else:
-                restore_(block.p, block.b)
+                restore_(*block.lists()[:2])
                 self.spent += block.b if block.own else ()
         self.blocks, self.open = [], False
+        self._versions, self._looking, self._tainted = [], False, False
         torch.clear_autocast_cache()
+
+    def shown(self) -> Iterator[Tensor]:
+        """All tensors that hold displaced weights, or copies of them that FSDP2 has gathered."""
+        for block in self.blocks:
+            yield from block.p
+            if block.sharded:
+                yield from gathered_copies(block.p)
 
     @torch.no_grad()
     def peek(self) -> None:
-        """Show w for a moment, and x again at the second call.
+        """Show w for a moment, and x again at the second call; but if somebody has written to w meanwhile, no x.
 
         Works on `.data`, so a graph that waits for its backward meanwhile does not take this for a change of weights.
         """
+        self.written()
+        if self._looking and self._versions != self._versions_now():  # another w now, to which x does not belong
+            self.spent += [b for block in self.blocks if block.own for b in block.b]
+            self.blocks = []
         for block in self.blocks:
-            swap_([p.data for p in block.p], block.b)
+            block.moves(for_a_look=True)
+            w, b, _ = block.lists()
+            swap_([p.data for p in w], b)
+        self._looking = not self._looking
+        self._versions = self._versions_now()
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -211,6 +280,7 @@ class Slot:
     def end_step(self) -> None:
         """Count the step; what twins there are belong to the weights as they are now."""
         self.count()
+        self.watch.after_step(self.parameters())
         for p in self.parameters() if self.twins else ():
             if id(p) in self.twins:
                 self.twins[id(p)].version = p._version
@@ -219,7 +289,7 @@ class Slot:
     def forget_spent(self) -> None:
         """A step that raised has left w, not a direction, in these buffers: there is no direction."""
         if self.spent:
-            torch._foreach_zero_(self.spent)
+            torch._foreach_zero_(local(self.spent))
             for p in self._carried:
                 self.twins.pop(id(p), None)
             self.spent, self._carried = [], []

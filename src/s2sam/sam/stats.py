@@ -9,8 +9,9 @@ from torch import Tensor
 
 from s2sam.hooks import StepContext
 from s2sam.sam.directions import Momentum
-from s2sam.sam.norms import total_dot, total_norm, widen
+from s2sam.sam.norms import FLOOR, total_dot, total_norm, widen
 from s2sam.sam.scales import Scale
+from s2sam.sam.sharded import shard
 
 if TYPE_CHECKING:
     from s2sam.sam.blocks import Block
@@ -46,10 +47,11 @@ class Stats:
         momentum, decay = [], []
         for slot, blocks in closed:
             for block in blocks:
+                w, kept, directions = block.lists()
                 if block.twin is True:
-                    aim = list(torch._foreach_sub(block.b, block.p))  # has its sign already
+                    aim = list(torch._foreach_sub(kept, w))  # has its sign already
                 else:
-                    aim = [t.clone() for t in scale.shaped(block.d, block.p)]
+                    aim = [t.clone() for t in scale.shaped(directions, w)]
                 self._pending.append((block, aim))
             for group in slot.optimizer.param_groups if isinstance(slot.direction, Momentum) else ():
                 if group.get("weight_decay") and 0 < group.get("momentum", 0) < 1:
@@ -61,19 +63,24 @@ class Stats:
             self._values["decay_share"] = total_norm(decay) / total_norm(momentum)
 
     def after_displace(self, sign: int) -> None:
-        """||x - w|| and the projection of x - w on the intended direction."""
+        """||x - w||, the same over ||w||, and the projection of x - w on the intended direction."""
         moves: list[Tensor] = []
         aims: list[Tensor] = []
+        owners = [p for block, _ in self._pending for p in block.p]
         for block, aim in self._pending:
-            moves += [widen(p.detach()) - b for p, b in zip(block.p, block.b, strict=True)]
+            x, w, _ = block.lists()
+            moves += [widen(p.detach()) - b for p, b in zip(x, w, strict=True)]
             aims += [a * (1 if block.twin is True else sign) for a in aim]
+        clean = [kept for block, _ in self._pending for kept in block.lists()[1]]
+        self._values["displacement"] = total_norm(moves, over=owners)
+        self._values["relative"] = self._values["displacement"] / total_norm(clean, over=owners).clamp_min(FLOOR)
         self._pending = []
-        self._values["displacement"] = total_norm(moves)
-        self._values["projection"] = (total_dot(moves, aims) / total_norm(aims)).nan_to_num(0.0)
+        length = total_norm(aims, over=owners)
+        self._values["projection"] = (total_dot(moves, aims, over=owners) / length).nan_to_num(0.0)
 
     def no_displacement(self) -> None:
         """This step's forward ran at w: no direction yet, or rho = 0."""
-        self._values["displacement"] = self._values["projection"] = 0.0
+        self._values["displacement"] = self._values["relative"] = self._values["projection"] = 0.0
         self._values.pop("alignment", None)
 
     def at_step(self, slot: Slot, context: StepContext, sign: int) -> None:
@@ -84,15 +91,17 @@ class Stats:
         norm = total_norm(gradients)
         loss_scale = getattr(context.optimizer, "grad_scale", None)
         self._values["gradient_norm"] = norm if loss_scale is None else norm / loss_scale
-        g: list[Tensor] = []
-        e: list[Tensor] = []
+        owners, g, e = [], [], []
         for block in slot.blocks:
-            for p, b in zip(block.p, block.b, strict=True):
+            x, w, _ = block.lists()
+            for p, here, b in zip(block.p, x, w, strict=True):
                 if p.grad is not None:
-                    g.append(p.grad)
-                    e.append((widen(p.detach()) - b) * sign)
+                    owners.append(p)
+                    g.append(shard(p.grad))
+                    e.append((widen(here.detach()) - b) * sign)
         if g:
-            self._values["alignment"] = (total_dot(g, e) / (total_norm(g) * total_norm(e))).nan_to_num(0.0)
+            lengths = total_norm(g, over=owners) * total_norm(e, over=owners)
+            self._values["alignment"] = (total_dot(g, e, over=owners) / lengths).nan_to_num(0.0)
 
     def read(self, step: int) -> dict[str, float]:
         """All numbers as floats."""

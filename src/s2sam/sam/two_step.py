@@ -10,14 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import Closure, Phase, StepContext, check_number, check_optimizers, claim_sharpness, release_sharpness
+from s2sam.detached import DetachedCopy
+from s2sam.hooks import (
+    Closure,
+    Phase,
+    StepContext,
+    check_number,
+    check_optimizers,
+    claim_sharpness,
+    release_sharpness,
+    rho_key,
+)
 from s2sam.sam.displacement import pieces, restore_
 from s2sam.sam.model_hooks import check_models
 from s2sam.sam.norms import all_finite, total_norm
-from s2sam.sam.scales import SCALES
+from s2sam.sam.scales import SCALES, fixed
+from s2sam.sam.sharded import check_sharding, has_shards, local, place_gradients, refuse_inside_forward, weights_move
 from s2sam.tensors import by_kind
 
-SAM_SCALES = ("norm", "relative", "asam")  #: of SCALES
+SAM_SCALES = ("norm", "relative", "asam", "filter", "rms")  #: of SCALES; "step" has no norm of its own
 
 
 class SAM:
@@ -35,7 +46,7 @@ class SAM:
         optimizer: any first-order torch optimizer.
         model: Module or list of Modules whose buffers the second pass must not change.
         rho: radius, >= 0, put into every param_group that has no "rho" of its own.
-        scale: "norm", "relative" or "asam", as in :class:`~s2sam.sam.single_step.S2SAM`.
+        scale: "norm", "relative", "asam", "filter" or "rms", as in :class:`~s2sam.sam.single_step.S2SAM`.
 
     Raises:
         ValueError: as S2SAM.
@@ -70,10 +81,14 @@ class SAM:
         check_number("rho", rho)
         self.optimizer, self.scale = optimizer, SCALES[scale]
         self._models = check_models(model)
-        (self._hooks,) = claim_sharpness(check_optimizers(optimizer), self, rho)
+        check_sharding(check_optimizers(optimizer), self._models)
+        (self._hooks,) = claim_sharpness([optimizer], self, rho)
         self._hooks.run_closure = self._two_passes
         self._handle = self._hooks.register(Phase.CHECK, self._check)
         self._finite = True
+
+    def __reduce__(self) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        return DetachedCopy, ("a SAM", "call SAM(optimizer, model=model) on the copied model and optimizer")
 
     def remove(self) -> None:
         """Take everything off the optimizer again."""
@@ -86,17 +101,19 @@ class SAM:
                 "SAM computes two gradients a step: call optimizer.step(closure) with a closure that runs forward and "
                 "backward and returns the loss; a GradScaler cannot do that, so use bfloat16 autocast or S2SAM"
             )
+        if has_shards(context.gradients()):
+            place_gradients(context.parameters())
         context.skip = not (self._finite and all_finite(context.gradients()))
 
     def _two_passes(self, closure: Closure) -> Any:
-        self._hooks.preview = any(float(group["rho"]) > 0 for group in self.optimizer.param_groups)
+        self._hooks.preview = any(self._rho(group) > 0 for group in self.optimizer.param_groups)
         try:
             loss = closure()
         finally:
             self._hooks.preview = False
-        groups = [
-            (float(g["rho"]), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups
-        ]
+        groups = [(self._rho(g), [p for p in g["params"] if p.grad is not None]) for g in self.optimizer.param_groups]
+        if has_shards(p for _, params in groups for p in params):
+            place_gradients(p for _, params in groups for p in params)
         blocks = [(rho, ps) for rho, params in groups if rho > 0 for ps in by_kind(params)]
         self._finite = all_finite([p.grad for _, ps in blocks for p in ps if p.grad is not None])
         if not blocks or not self._finite:
@@ -106,17 +123,26 @@ class SAM:
             closure()
         return loss
 
+    def _rho(self, group: dict[str, Any]) -> float:
+        """The radius of a group; the common one where a checkpoint of the plain optimizer has none."""
+        key = rho_key(self.optimizer)
+        return float(group.get(key, self.optimizer.defaults[key]))
+
     @contextmanager
     def _displaced(self, blocks: list[tuple[float, list[Tensor]]]) -> Iterator[None]:
         """w -> w + e, with the gradients cleared; back to w exactly, whatever happens inside."""
         with torch.no_grad():
+            refuse_inside_forward([p for _, ps in blocks for p in ps])
             gradients = [[p.grad for p in ps if p.grad is not None] for _, ps in blocks]
-            weights = [list(torch._foreach_mul(ps, 1)) for _, ps in blocks]
+            shards = [local(ps) for _, ps in blocks]
+            weights = [list(torch._foreach_mul(ps, 1)) for ps in shards]
             norm = total_norm([self.scale.direction_norm(g, ps) for g, (_, ps) in zip(gradients, blocks, strict=True)])
-            size = total_norm([p for _, ps in blocks for p in ps]) if self.scale.relative else None
-            for g, (rho, ps) in zip(gradients, blocks, strict=True):
-                c = self.scale.coefficient(rho, norm, size).to(ps[0].device)
-                for w, d in pieces(ps, g):
+            unit = self.scale.unit([p for _, ps in blocks for p in ps])
+            self._moves(blocks)
+            for g, (rho, _), ps in zip(gradients, blocks, shards, strict=True):
+                c = fixed(rho, ps[0]) if not self.scale.common else self.scale.coefficient(rho, norm, unit)
+                c = c.to(ps[0].device)
+                for w, d in pieces(ps, local(g)):
                     torch._foreach_add_(w, torch._foreach_mul(self.scale.shaped(d, w), c))
         torch.clear_autocast_cache()  # copies of the weights in an open autocast context, which moving in place leaves
         self.optimizer.zero_grad(set_to_none=True)
@@ -124,9 +150,17 @@ class SAM:
             yield
         finally:
             with torch.no_grad():
+                self._moves(blocks)
                 for (_, ps), saved in zip(blocks, weights, strict=True):
-                    restore_(ps, saved)
+                    restore_(local(ps), saved)
             torch.clear_autocast_cache()
+
+    @staticmethod
+    def _moves(blocks: list[tuple[float, list[Tensor]]]) -> None:
+        """Whoever holds something made of sharded weights learns that they move."""
+        parameters = [p for _, ps in blocks for p in ps]
+        if has_shards(parameters):
+            weights_move(parameters)
 
     @contextmanager
     def _frozen_buffers(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from s2sam.detached import DetachedCopy
 from s2sam.hooks import Handle, Phase, StepContext, step_hooks
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class BiasByAge:
         """Correct nothing any longer."""
         while self._handles:
             self._handles.pop().remove()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        return DetachedCopy, ("a BiasByAge", "call BiasByAge(sparsifier) with a sparsifier of the copied model")
 
     def state_dict(self) -> dict[str, Any]:
         """The births, as tensors."""

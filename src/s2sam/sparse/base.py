@@ -19,15 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2sam.hooks import StepContext, WeakHook, check_optimizers, step_hooks
+from s2sam.detached import DetachedCopy
+from s2sam.hooks import StepContext, check_optimizers, step_hooks
 from s2sam.sparse import scores, state, sync
-from s2sam.sparse.budget import Distribution, counts, descend
+from s2sam.sparse.budget import Distribution
+from s2sam.sparse.layer_counts import LayerCounts
 from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.measures import Measures
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import NoOptions, check_steps
 from s2sam.sparse.part import Part
+from s2sam.sparse.places import Places, check_free, claim, release, watch
 from s2sam.sparse.prunable import Entry, Patterns, discover, in_optimizers
+from s2sam.sparse.start import Init, check_displaced, check_init, refuse_sparse, zeros_there
 from s2sam.sparse.topk import choose
 
 
@@ -40,13 +44,13 @@ class UpdateInfo:
     grown: dict[str, int]
 
 
-class Sparsifier(Measures):
+class Sparsifier(LayerCounts, Measures):
     """Sparse training of `model` with `optimizer`, or with a list of optimizers that share the model's weights.
 
     Args:
         model: whose weights become sparse; compiled and DDP-wrapped models count as the module inside.
         optimizer: a torch optimizer of any kind, or several; weights that none of them holds stay dense.
-        sparsity: the share of all prunable weights that is 0.
+        sparsity: the share of all prunable weights that is 0; with init="adopt" None means the one that is there.
         distribution: how it is spread over the layers: a name from `s2sam.sparse.budget`, a map {layer: sparsity},
             "global", by the scores over all layers together, or "auto", what the method's authors do: "global" for
             snip, grasp, synflow, lt, ac-dc and str, else "erk".
@@ -56,13 +60,18 @@ class Sparsifier(Measures):
         generator: a CPU `torch.Generator` for all draws, which takes over the state of rank 0's; by default a new one
             with rank 0's `torch.initial_seed()`.
         include, exclude: patterns, see :func:`s2sam.sparse.prunable.discover`.
-        init: False leaves weights alone and expects :meth:`load_state_dict` before the first step.
+        init: True prunes now, and refuses weights that this would prune a second time: if at least 10 % of those that
+            the new masks keep are exactly 0, in layers that are not entirely 0. "adopt" takes the masks from the zeros
+            that are there (rank 0's); each layer keeps its own share, and `distribution` is not used. Methods that
+            prune on to a higher `sparsity` (gmp, granet, str, mest) grow nothing back where their plan begins denser,
+            and thin all layers alike; any other needs the sparsity that is there. False leaves weights alone and
+            expects :meth:`load_state_dict` before the first step. "anew" prunes whatever is there.
         options: the method's own.
 
     Raises:
         ValueError: an argument that cannot be used; the message says which and what would do.
 
-    Cost: one byte per prunable weight, two more once the topology has changed.
+    Cost: one byte per prunable weight, three more once the topology has changed.
     """
 
     method: ClassVar[str] = ""
@@ -70,6 +79,9 @@ class Sparsifier(Measures):
     placement: ClassVar[Literal["after", "replace"]] = "after"
     dense_state: bool = False  #: the optimizer state of pruned weights is left to the method
     needs_batches: ClassVar[bool] = False
+    gradual: ClassVar[bool] = False  #: prunes on to its sparsity from whatever lower one init="adopt" finds
+    cannot_adopt: ClassVar[str] = ""  #: why init="adopt" has no meaning
+    zeroes_active: ClassVar[bool] = False  #: the method itself makes active weights 0, so that no one else need have
     default_distribution: ClassVar[str] = "erk"  #: what distribution="auto" means
 
     def __init__(
@@ -77,7 +89,7 @@ class Sparsifier(Measures):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        sparsity: float,
+        sparsity: float | None,
         distribution: Distribution = "auto",
         power_scale: float = 1.0,
         total_steps: int | None = None,
@@ -86,7 +98,7 @@ class Sparsifier(Measures):
         generator: torch.Generator | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
-        init: bool = True,
+        init: Init = True,
         **options: Any,
     ) -> None:
         self.options: Any = self._read_options(options)
@@ -96,7 +108,11 @@ class Sparsifier(Measures):
             warnings.warn(f"method {self.method!r} does not use batches; they are ignored", stacklevel=2)
         if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
             raise ValueError("generator must be a CPU torch.Generator, so that every device and rank draws the same")
-        self._final_sparsity, self.power_scale = sparsity, power_scale
+        init = check_init(init, sparsity)
+        if init == "adopt" and distribution not in ("auto", "global"):
+            warnings.warn("init='adopt' takes each layer's share as it is; distribution is not used", stacklevel=2)
+        self._final_sparsity, self.power_scale = sparsity, power_scale  # type: ignore[assignment]  # set by begin()
+        self.adopted: dict[str, int] = {}  #: active weights per layer that init="adopt" has found
         self.distribution: Distribution = self.default_distribution if distribution == "auto" else distribution
         self.level = self.levels = 0  #: of trainings that follow one another: this one's number, and the last one's
         self.frozen = False
@@ -104,28 +120,42 @@ class Sparsifier(Measures):
         self.updates = 0  #: changes of the topology so far
         self._initial: dict[str, Tensor] = {}  # masks at the first step, and the union of all since; kept
         self._explored: dict[str, Tensor] = {}  # from the first change on
+        self._stayed: dict[str, Tensor] = {}  # and their intersection
+        self._blank: set[str] = set()  # layers that were 0 where active when they were attached
+        self._warned = False  # that something else has zeroed active weights
         self.optimizers = optimizers = check_optimizers(optimizer)
         self.entries = self.eligible(in_optimizers(discover(model, include, exclude), optimizers))
         self.weights = {e.name: e.parameter for e in self.entries if e.prunable}  #: the prunable ones
+        check_free(self.weights, optimizers)
+        self.places = Places(model, self.weights)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(sync.shared_seed())
+        drawn = self.generator.get_state()
         sync.share(self.generator)
-        self._ready, self._unchecked, self._unshared = init, True, True
+        self._ready, self._unchecked, self._unshared = init is not False, True, True
         try:
             self.parts = self._split(optimizers)
-            self.check_options()
             if init:
-                self._set_masks(self.initial_masks(model, sparsity, self.distribution, power_scale))
+                check_displaced(self, "sparsify()")
+            present = zeros_there(self) if init == "adopt" else {}
+            self.check_options()
+            if init == "adopt":
+                self._set_masks(self.adopt(model, present))
+            elif init:
+                self._set_masks(self.initial_masks(model, self.final_sparsity, self.distribution, power_scale))
+            if init is True:
+                refuse_sparse(self)
+            if init:
                 self.apply()
+            self._blank = self.mostly_zero() if init else self.all_zero()
         except BaseException:
+            self.generator.set_state(drawn)
             for one in optimizers:
                 step_hooks(one).retire()
             raise
         for part in self.parts:
             part.attach()
-        self._handles: list[Any] = []
-        for m in model.modules():
-            load = WeakHook(_weights_loaded, self, m)
-            self._handles.append(m.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
+        claim(self)
+        self._handles = watch(self, model, changes=type(self).due is not Sparsifier.due)
 
     # -- what a method overrides ------------------------------------------------------------------------------------
 
@@ -186,33 +216,20 @@ class Sparsifier(Measures):
         budget = self.budget(sparsity, distribution, power_scale)
         return self.pick(self.initial_scores(model), budget, at_least=self.min_per_layer)
 
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks at the start for init="adopt", from where weights are not 0. Default: just there."""
+        return present
+
     def pick(
         self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1
     ) -> dict[str, Tensor]:
         """Masks of the largest scores, as :func:`s2sam.sparse.topk.choose`; a method may choose several at once."""
-        return choose(given, budget, at_least=at_least)
-
-    def budget(self, sparsity: float, distribution: Distribution, power_scale: float = 1.0) -> int | dict[str, int]:
-        """How many weights to keep: in all together for "global", else in each layer."""
-        if distribution == "global":
-            return sum(counts(self.shapes, sparsity, "uniform").values())
-        return counts(self.shapes, sparsity, distribution, power_scale=power_scale)
-
-    def budgets(self, sparsities: Sequence[float]) -> list[int | dict[str, int]]:
-        """How many weights to keep at rising sparsities, the last of which is the target: no layer ever gains one."""
-        if self.distribution == "global":
-            return [self.budget(s, "global") for s in sparsities]
-        return list(descend(self.shapes, sparsities, self.distribution, power_scale=self.power_scale))
+        return choose(given, budget, at_least=at_least, min_per_filter=self.min_per_filter)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What budgets are made from: the shape of each prunable weight."""
-        return {name: tuple(w.shape) for name, w in self.weights.items()}
-
-    @property
-    def min_per_layer(self) -> int:
-        """How many weights a "global" choice leaves each layer at least."""
-        return 1
+    def min_per_filter(self) -> int:
+        """The option of that name: weights that each filter keeps while there are enough; 0 for methods without it."""
+        return int(getattr(self.options, "min_per_filter", 0))
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 
@@ -235,27 +252,11 @@ class Sparsifier(Measures):
 
     def apply(self) -> None:
         """Zero pruned weights and their optimizer state now, for instance after loading dense weights on purpose."""
+        self.check_places()
+        check_displaced(self, "sparsifier.apply()")
         for part in self.parts:
             part.layers.follow_device()
             part.apply()
-
-    def verify(self) -> None:
-        """Raise RuntimeError if a pruned weight is not exactly 0, or if ranks disagree on the masks; for all ranks."""
-        self.check_fit()
-        sync.check_same(self.masks)
-
-    def check_fit(self) -> None:
-        """Raise RuntimeError if there are no masks, or a pruned weight is not exactly 0. Asks no other rank."""
-        self.require_masks()
-        for part in self.parts:
-            part.layers.follow_device()
-        wrong = [name for part in self.parts for name in part.layers.misfits()]
-        if wrong:
-            raise RuntimeError(
-                f"the masks do not fit the weights: {len(wrong)} layers have pruned weights that are not 0 "
-                f"({', '.join(wrong[:3])}); load the weights and the sparsifier's state from one checkpoint, or call "
-                "sparsifier.apply() to prune the weights that are there"
-            )
 
     def missed_step(self, optimizer: Optimizer | None = None) -> None:
         """Count a step that never reached `optimizer.step()` (of that one; None = of all); nothing else happens.
@@ -284,8 +285,8 @@ class Sparsifier(Measures):
             RuntimeError: the weights are displaced by S2SAM.
         """
         late = [] if self.frozen else [part for part in self.parts if self.behind(part)]
-        if any(getattr(step_hooks(part.optimizer).sharpness, "is_displaced", False) for part in late):
-            raise RuntimeError("the weights are displaced; call sam.restore() before sparsifier.catch_up()")
+        if late:
+            check_displaced(self, "sparsifier.catch_up()")
         self.check_ready()
         for part in late:
             part.layers.follow_device()
@@ -306,10 +307,19 @@ class Sparsifier(Measures):
 
     def remove(self) -> None:
         """Take all hooks away; the weights stay as sparse as they are, and nothing keeps them so any longer."""
+        release(self)
         for part in self.parts:
             part.remove()
         while self._handles:
             self._handles.pop().remove()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[DetachedCopy], tuple[str, str]]:
+        """Pickles and deep copies hold a :class:`s2sam.detached.DetachedCopy`: hooks cannot be copied."""
+        return DetachedCopy, (
+            f"a sparsifier of method {self.method!r}",
+            f"call sparsify() on the copied model and optimizer with method={self.method!r} and init=False, and "
+            "load_state_dict() with what the original's state_dict() gives",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as bits, counters, the generator, and what is needed to report; loads with `weights_only=True`."""
@@ -327,13 +337,13 @@ class Sparsifier(Measures):
     # -- what a part calls ------------------------------------------------------------------------------------------
 
     def check_ready(self) -> None:
-        """Before a step, once after weights or masks were loaded: they fit. One rank may load weights alone."""
-        if self._unchecked:
-            self.check_fit()
-            self._unchecked = False
+        """Before a step: the model holds the weights; once after a load, which one rank may do alone, they fit."""
+        self.check_places()
         if self._unshared:
-            sync.check_same(self.masks)
-            self._unshared = False
+            self.verify()
+        elif self._unchecked:
+            self.check_fit()
+        self._unchecked = self._unshared = False
 
     def change_topology(self, part: Part) -> None:
         """Replace the part's masks by :meth:`next_masks`, the same on every rank, and clear what is left behind."""
@@ -341,12 +351,14 @@ class Sparsifier(Measures):
         if not self._initial:
             self._initial = {name: mask.clone() for name, mask in self.masks.items()}
             self._explored = {name: mask.clone() for name, mask in self._initial.items()}
+            self._stayed = {name: mask.clone() for name, mask in self._initial.items()}
         old = {name: mask.clone() for name, mask in masks.items()}
-        part.layers.set_(self.next_masks(part, part.step))
+        part.layers.set_(self.next_masks(part, part.plan_step or part.step))
         sync.broadcast_masks(masks)
         part.change(masks, old)
         for name, mask in masks.items():
             self._explored[name] = self._explored[name].to(mask.device).logical_or_(mask)
+            self._stayed[name] = self._stayed[name].to(mask.device).logical_and_(mask)
         dropped = count_true({name: mask & ~masks[name] for name, mask in old.items()})
         grown = count_true({name: masks[name] & ~mask for name, mask in old.items()})
         part.kept = {name: part.kept[name] - dropped[name] + grown[name] for name in masks}
@@ -381,12 +393,3 @@ class Sparsifier(Measures):
         """Read the number of active weights per layer from the masks."""
         for part in self.parts:
             part.kept = part.layers.kept()
-
-    def require_masks(self) -> None:
-        """Raise RuntimeError if there are no masks yet."""
-        if not self._ready:
-            raise RuntimeError("init=False: load the masks with sparsifier.load_state_dict(...) before the first step")
-
-
-def _weights_loaded(sparsifier: Sparsifier, module: nn.Module, *args: Any) -> None:
-    sparsifier._unchecked = True  # the next step looks whether they fit the masks

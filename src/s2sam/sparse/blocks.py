@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.drop_grow import DropGrow
-from s2sam.sparse.geometry import block_grid, block_mask, block_scores, spread
+from s2sam.sparse.geometry import block_grid, block_mask, block_scores, is_blocks, spread
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import Entry
@@ -32,6 +32,17 @@ class BlockChoice:
             check_list("block", self.block, "[1, 4]")
             for length in self.block:
                 check_whole("block", length)
+
+
+@dataclass(frozen=True)
+class FixedOptions(BlockChoice):
+    """And `min_per_filter`: weights (with a block: blocks) that each filter gets at least; 0: as the scores say."""
+
+    min_per_filter: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class InBlocks(Sparsifier):
@@ -102,22 +113,38 @@ class InBlocks(Sparsifier):
         """The sparsity asked for, to the nearest block."""
         return super().target_sparsity(t) if self.block is None else self.meant
 
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0, if these are whole blocks."""
+        for name, there in present.items() if self.block else ():
+            if not is_blocks(there, self.block or ()):
+                raise ValueError(
+                    f"{name!r} has blocks of {self.block} that are 0 in part, so method {self.method!r} cannot adopt "
+                    "it; choose another block, or prune with init='anew'"
+                )
+        return super().adopt(model, present)
+
     def pick(
         self, given: Mapping[str, Tensor], budget: int | Mapping[str, int], *, at_least: int = 1
     ) -> dict[str, Tensor]:
-        """The blocks with the largest sums; `at_least` counts blocks."""
+        """The blocks with the largest sums; `at_least` and `min_per_filter` count blocks."""
         block, size = self.block, self.size
         if block is None:
             return super().pick(given, budget, at_least=at_least)
         sums = {name: block_scores(score, block) for name, score in given.items()}
         whole = budget // size if isinstance(budget, int) else {name: budget[name] // size for name in sums}
-        return {name: spread(grid, block) for name, grid in choose(sums, whole, at_least=at_least).items()}
+        chosen = choose(sums, whole, at_least=at_least, min_per_filter=self.min_per_filter)
+        return {name: spread(grid, block) for name, grid in chosen.items()}
 
 
 class Blocks(InBlocks, DropGrow):
-    """The same for methods of drop and grow, which then exchange whole blocks."""
+    """The same for methods of drop and grow, which then exchange whole blocks; `min_per_filter` counts blocks."""
 
     options: Any
+
+    @property
+    def weights_per_filter(self) -> int:
+        """Those of as many blocks, each of which lies across `block[0]` filters."""
+        return self.min_per_filter * self.size // (self.block or (1,))[0]
 
     def check_options(self) -> None:
         """Blocks have no sign."""
@@ -136,7 +163,8 @@ class Blocks(InBlocks, DropGrow):
         if block is None:
             return super().keep(part, name, n_drop)
         ranked = self.drop_scores(part, name).masked_fill(~part.layers.masks[name], -math.inf)
-        return block_mask(ranked, part.kept[name] - n_drop, block, check=False), n_drop
+        n_keep = part.kept[name] - n_drop
+        return block_mask(ranked, n_keep, block, check=False, min_per_filter=self.min_per_filter), n_drop
 
     def complete(self, kept: Tensor, grow: Tensor, n: int, *, taken: Tensor) -> Tensor:
         """And the blocks with the largest sums of growth scores."""

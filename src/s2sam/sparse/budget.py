@@ -131,8 +131,17 @@ def thin(kept: Mapping[str, int], share: float) -> dict[str, int]:
     >>> thin({"a": 10, "b": 18, "c": 1}, 0.8)
     {'a': 8, 'b': 14, 'c': 1}
     """
-    total = max(len(kept), round(share * sum(kept.values())))
-    return _largest_remainder({name: share * n for name, n in kept.items()}, kept, total)
+    return thin_on(kept, [share])[0]
+
+
+def thin_on(kept: Mapping[str, int], shares: Sequence[float]) -> list[dict[str, int]]:
+    """:func:`thin` by falling shares of the same start, one after the other, so that no layer ever gains a weight."""
+    path, ceiling, total = [], dict(kept), sum(kept.values())
+    for share in shares:
+        left = min(sum(ceiling.values()), max(len(kept), round(share * total)))
+        ceiling = _largest_remainder({name: share * n for name, n in kept.items()}, ceiling, left)
+        path.append(dict(ceiling))
+    return path
 
 
 def share_out(total: int, shares: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:

@@ -5,6 +5,8 @@
 
 Candidates are all positions not kept (`regrow_dropped=True`; a weight dropped and grown at once keeps its value and its
 optimizer state) or all that were inactive before. Grown weights start at 0. A layer's number of active weights stays.
+With `min_per_filter` the strongest weights of each filter are kept, and filters without weights hold no candidates
+(:mod:`s2sam.sparse.filter_guard`); where that leaves less to drop or to grow, fewer are exchanged.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 from s2sam.hooks import check_number
 from s2sam.sparse import scores
 from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.filter_guard import FilterGuard
 from s2sam.sparse.options import check_flag, check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.topk import topk_mask
@@ -26,12 +29,16 @@ from s2sam.sparse.topk import topk_mask
 
 @dataclass(frozen=True)
 class DropGrowOptions:
-    """f (or its start) in [0, 1], steps between changes, the share of `total_steps` at which they end (None: never)."""
+    """f (or its start) in [0, 1], steps between changes, the share of `total_steps` at which they end (None: never).
+
+    `min_per_filter`: how many of its strongest weights a filter keeps in any case; 0: as published.
+    """
 
     drop_fraction: float = 0.3
     delta_t: int = 100
     t_end: float | None = None
     regrow_dropped: bool = False
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         check_number("drop_fraction", self.drop_fraction, 0.0, 1.0)
@@ -39,6 +46,7 @@ class DropGrowOptions:
         if self.t_end is not None:
             check_number("t_end", self.t_end, 0.0, 1.0)
         check_flag("regrow_dropped", self.regrow_dropped)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 def check_annealed(t_end: float | None) -> None:
@@ -47,7 +55,7 @@ def check_annealed(t_end: float | None) -> None:
         raise ValueError(f"a drop_fraction that falls needs a t_end above 0 and up to 1, got {t_end!r}")
 
 
-class DropGrow(Sparsifier):
+class DropGrow(FilterGuard):
     """Drop and grow the same number of weights in each layer, every `delta_t` steps."""
 
     Options = DropGrowOptions
@@ -82,20 +90,22 @@ class DropGrow(Sparsifier):
     def drop_count(self, part: Part, name: str, t: int) -> int:
         """How many weights of the layer are exchanged in step `t`, known on the host."""
         active = part.kept[name]
-        n = math.floor(self.drop_fraction(t) * active + 1e-9)
-        return n if self.options.regrow_dropped else min(n, part.layers.weights[name].numel() - active)
+        n = min(math.floor(self.drop_fraction(t) * active + 1e-9), active - self.sure(name))
+        return n if self.options.regrow_dropped else min(n, self.open(name) - active)
 
     def due(self, part: Part, t: int) -> bool:
         """Every `delta_t` steps up to the end, but not in the last one, if there is something to exchange."""
         if t > self.last_step or not self.on_grid(t):
             return False
-        places = [name for name, w in part.layers.weights.items() if part.kept[name] < w.numel()]
-        return bool(places) and any(self.drop_count(part, name, t) for name in part.layers.masks)
+        places = [name for name in part.layers.weights if part.kept[name] < self.open(name)]
+        names = places if self.min_per_filter else part.layers.masks  # a dense layer alone would exchange nothing
+        return bool(places) and any(self.drop_count(part, name, t) for name in names)
 
     def keep(self, part: Part, name: str, n_drop: int) -> tuple[Tensor, int]:
         """The mask without the weights to drop, and how many these are."""
         ranked = self.drop_scores(part, name).masked_fill(~part.layers.masks[name], -torch.inf)
-        return topk_mask(ranked, part.kept[name] - n_drop, check=False), n_drop
+        n_keep = part.kept[name] - n_drop
+        return topk_mask(ranked, n_keep, check=False, min_per_filter=self.min_per_filter), n_drop
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """Kept and grown weights of each layer."""
@@ -106,7 +116,8 @@ class DropGrow(Sparsifier):
             if grow is None:
                 continue
             kept, n = self.keep(part, name, n)
-            masks[name] = self.complete(kept, grow, n, taken=kept if self.options.regrow_dropped else mask)
+            taken = self.closed(kept if self.options.regrow_dropped else mask, mask)
+            masks[name] = self.complete(kept, grow, n, taken=taken)
         return masks
 
     def complete(self, kept: Tensor, grow: Tensor, n: int, *, taken: Tensor) -> Tensor:
@@ -126,7 +137,7 @@ class GrowByGradient(Sparsifier):
 
     def look(self, part: Part) -> None:
         """Keep |dL/dw| if the step is due; else forget the last one."""
-        weights = part.layers.weights.items() if self.due(part, part.step + 1) else ()
+        weights = part.layers.weights.items() if part.due_at(part.step + 1) else ()
         self._seen[part] = {name: scores.gradient_magnitude(w) for name, w in weights if w.grad is not None}
 
     def grow_scores(self, part: Part, name: str) -> Tensor | None:

@@ -97,8 +97,12 @@ def block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
     return comparable(scores).reshape(split).sum(tuple(range(1, 2 * len(grid), 2)))
 
 
-def block_mask(scores: Tensor, budget: int, block: Sequence[int], *, check: bool = True) -> Tensor:
+def block_mask(
+    scores: Tensor, budget: int, block: Sequence[int], *, check: bool = True, min_per_filter: int = 0
+) -> Tensor:
     """A bool mask that keeps whole blocks, exactly `budget` weights: the largest sums of scores, of equals the first.
+
+    `min_per_filter` counts blocks: those that lie along the same first places of a weight.
 
     >>> block_mask(torch.tensor([[1.0, 2.0, 0.0, 5.0], [3.0, 4.0, 1.0, 1.0]]), 4, (2, 2)).int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0]]
@@ -110,7 +114,8 @@ def block_mask(scores: Tensor, budget: int, block: Sequence[int], *, check: bool
     size = math.prod(block)
     if budget % size:
         raise ValueError(f"{budget} weights are no whole number of blocks of {size}")
-    return spread(topk_mask(block_scores(scores, block), budget // size, check=check), block)
+    grid = topk_mask(block_scores(scores, block), budget // size, check=check, min_per_filter=min_per_filter)
+    return spread(grid, block)
 
 
 def spread(grid: Tensor, block: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from s2sam.hooks import check_number
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.geometry import divides, is_n_of_m, n_of_m_mask
+from s2sam.sparse.masks import counts as count_true
 from s2sam.sparse.options import check_whole
 from s2sam.sparse.prunable import Entry
 
@@ -84,6 +85,17 @@ class NOfM(Sparsifier):
     ) -> dict[str, Tensor]:
         """The n largest scores of each group."""
         return {name: self.of_groups(score) for name, score in self.initial_scores(model).items()}
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0, and where a group has fewer than n of these, its first others."""
+        masks = {name: self.of_groups(there.float()) for name, there in present.items()}
+        wrong = [name for name, n in count_true({name: present[name] & ~m for name, m in masks.items()}).items() if n]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} has groups of {self.options.m} with more than {self.n} weights that are not 0, so "
+                f"method {self.method!r} cannot adopt it; choose another n and m, or prune with init='anew'"
+            )
+        return masks
 
     def of_groups(self, scores: Tensor) -> Tensor:
         """The mask of the n largest scores of each group."""

@@ -36,15 +36,11 @@ class Part:
         self.layers = MaskSet(weights)
         self.kept: dict[str, int] = {}  #: active weights per layer, known on the host
         self.step = 0
+        self.plan_step = 0  #: the step of the plan whose change is made now
         self._changing = self._shown = False
         self._handles: list[Handle] = []
         if any(group.get("eps") == 0 for group in optimizer.param_groups):
             raise ValueError("eps=0 makes the update of a pruned weight 0 / 0; give the optimizer an eps above 0")
-        hooks = step_hooks(optimizer)
-        others = [getattr(function, "__self__", None) for function in hooks.gradient_masks]
-        taken = {id(w) for other in others if isinstance(other, Part) for w in other.layers.weights.values()}
-        if any(id(w) in taken for w in weights.values()):
-            raise ValueError("these weights are sparse already; call .remove() on their sparsifier before sparsify()")
 
     def attach(self) -> None:
         """Register the phases."""
@@ -110,9 +106,20 @@ class Part:
         if not self.owner.dense_state:
             self.layers.apply_to_state(self.optimizer)
 
+    def due_at(self, t: int) -> int:
+        """The step of the plan whose change of the topology step `t` makes; 0 for none.
+
+        That is `t` itself; but where every batch is visited twice in a row (echo), changes that are due in a second
+        visit, in which S2SAM has displaced the weights, are made in the first visit after it.
+        """
+        if self.owner.frozen or (step_hooks(self.optimizer).visits == 2 and t % 2 == 0):
+            return 0
+        planned = (t, t - 1) if step_hooks(self.optimizer).visits == 2 and t > 1 else (t,)
+        return next((s for s in planned if self.owner.due(self, s)), 0)
+
     def replaces_next(self) -> bool:
         """Whether the next step is to change the topology in place of moving the weights."""
-        return self.owner.placement == "replace" and not self.owner.frozen and self.owner.due(self, self.step + 1)
+        return self.owner.placement == "replace" and self.due_at(self.step + 1) > 0
 
     def change(self, masks: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
         """Clear what must not outlive the change from `old` to `masks`: weight, state and gradient outside both."""
@@ -124,7 +131,8 @@ class Part:
 
     def _mask(self, context: StepContext) -> None:
         self.owner.check_ready()
-        due = not self.owner.frozen and self.owner.due(self, self.step + 1)
+        self.plan_step = self.due_at(self.step + 1)
+        due = self.plan_step > 0
         self._changing = due and not context.nothing_moved() and finite(context.gradients())
         if self._changing and self.owner.placement == "replace":
             context.replace = True
@@ -143,6 +151,7 @@ class Part:
         if self._changing:
             self._changing = False
             self.owner.change_topology(self)
+        self.plan_step = 0
 
 
 @torch.no_grad()

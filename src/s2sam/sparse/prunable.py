@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from s2sam.private_torch import is_fsdp1_parameter
 from s2sam.sparse.names import compiled, select, unknown
 
 Patterns = str | Sequence[str] | None
@@ -89,9 +90,14 @@ def in_optimizers(entries: Sequence[Entry], optimizers: Sequence[Optimizer]) -> 
     """The entries, those that none of the optimizers trains marked as not prunable.
 
     Raises:
-        ValueError: nothing prunable is left, or a weight is sharded.
+        ValueError: nothing prunable is left, or a weight is sharded or flattened.
     """
     held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    if any(is_fsdp1_parameter(e.parameter) for e in entries):
+        raise ValueError(
+            "the model is wrapped in FullyShardedDataParallel, whose flat parameters have no layers to prune; wrap it "
+            "in DistributedDataParallel instead"
+        )
     if not entries:
         raise ValueError("the model has no parameters, so there is nothing to make sparse")
     if not any(e.prunable for e in entries):

@@ -13,13 +13,17 @@ from s2sam.sparse.prunable import Entry
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One parameter. `kept` counts its active weights; `reason` says why it is not prunable ("" if it is)."""
+    """One parameter. `kept` counts its active weights, `nonzero` those of all its weights that are not exactly 0.
+
+    `reason` says why it is not prunable ("" if it is).
+    """
 
     name: str
     layer: str
     shape: tuple[int, ...]
     numel: int
     kept: int
+    nonzero: int
     reason: str
 
     @property
@@ -56,13 +60,13 @@ class Report:
         return _share(self.rows)
 
     def __str__(self) -> str:
-        head = ("parameter", "layer", "shape", "kept", "of", "sparsity", "")
-        lines = [head] + [
-            (r.name, r.layer, "x".join(map(str, r.shape)), str(r.kept), str(r.numel), f"{r.sparsity:.4f}", r.reason)
-            for r in self.rows
-        ]
+        head = ("parameter", "layer", "shape", "kept", "nonzero", "of", "sparsity", "")
+        lines: list[tuple[str, ...]] = [head]
+        for r in self.rows:
+            shape, numbers = "x".join(map(str, r.shape)), [str(n) for n in (r.kept, r.nonzero, r.numel)]
+            lines.append((r.name, r.layer, shape, *numbers, f"{r.sparsity:.4f}", r.reason))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        left = (True, True, True, False, False, False, True)
+        left = (True, True, True, False, False, False, False, True)
         table = []
         for line in lines:
             cells = zip(line, widths, left, strict=True)
@@ -73,12 +77,17 @@ class Report:
 
 def make_report(entries: Sequence[Entry], masks: Mapping[str, Tensor]) -> Report:
     """The report of a model's parameters under `masks`; pruned is what is masked *and* exactly 0 in the weights."""
-    weights = {e.name: e.parameter for e in entries if e.name in masks}
-    zero = counts({name: (w.detach() == 0) & ~masks[name] for name, w in weights.items()})
+    plain = {e.name: e.parameter.detach() for e in entries if not hasattr(e.parameter, "placements")}
+    zero = {name: w == 0 for name, w in plain.items()}
+    pruned = {
+        f"pruned {name}": zero[name] & ~mask.to(zero[name].device) for name, mask in masks.items() if name in zero
+    }
+    found = counts({**zero, **pruned})
     rows = []
     for e in entries:
         n = e.parameter.numel()
-        rows.append(ReportRow(e.name, e.layer, tuple(e.parameter.shape), n, n - zero.get(e.name, 0), e.reason))
+        kept, nonzero = n - found.get(f"pruned {e.name}", 0), n - found.get(e.name, 0)
+        rows.append(ReportRow(e.name, e.layer, tuple(e.parameter.shape), n, kept, nonzero, e.reason))
     return Report(tuple(rows))
 
 

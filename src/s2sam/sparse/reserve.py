@@ -58,10 +58,18 @@ class Reserve(Sparsifier):
         self, model: nn.Module, sparsity: float, distribution: Distribution, power_scale: float
     ) -> dict[str, Tensor]:
         """The largest; all other weights are kept aside."""
+        self._keep_aside()
+        return super().initial_masks(model, sparsity, distribution, power_scale)
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0; those outside the network start at 0."""
+        self._keep_aside()
+        return super().adopt(model, present)
+
+    def _keep_aside(self) -> None:
         self.reserve = {name: w.detach().clone() for name, w in self.weights.items()}
         sync.broadcast(self.reserve.values())
         self.velocity = {name: torch.zeros_like(w) for name, w in self.reserve.items()}
-        return super().initial_masks(model, sparsity, distribution, power_scale)
 
     def theta(self, part: Part, name: str) -> Tensor:
         """All weights of a layer, in the network or not."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from s2sam.sparse import sync
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import check_batches, check_whole
@@ -31,12 +32,17 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class SaliencyOptions:
-    """`min_per_layer`: weights that a "global" choice leaves each layer at least (all of a smaller one)."""
+    """`min_per_layer`: weights that a "global" choice leaves each layer at least (all of a smaller one).
+
+    `min_per_filter`: weights that each filter keeps at least, while there are enough; 0: as published.
+    """
 
     min_per_layer: int = 1
+    min_per_filter: int = 0
 
     def __post_init__(self) -> None:
         check_whole("min_per_layer", self.min_per_layer)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,8 @@ def scoring_copy(
 ) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     """A copy of `model` to score with, and its weights called `names`; gradients are on, random states are put back.
 
+    On several ranks it is a copy of rank 0's weights and buffers, which DistributedDataParallel will give to all.
+
     Floating-point numbers are at least `dtype`. All modules are in eval mode but BatchNorm, which follows `bn_mode`.
 
     Raises:
@@ -171,6 +179,7 @@ def scoring_copy(
             f"this model cannot be copied, and weights are scored on a copy ({error}); sparsify it before adding what "
             "cannot be copied"
         ) from error
+    sync.broadcast([*twin.parameters(), *twin.buffers()])
     held = dict(twin.named_parameters(remove_duplicate=False))
     if torch.float64 in {dtype, *(p.dtype for p in held.values())}:
         twin.double()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from s2sam.sparse import scores
 from s2sam.sparse.base import Sparsifier
+from s2sam.sparse.masks import counts
 from s2sam.sparse.part import Part
 
 Budget = int | dict[str, int]
@@ -17,6 +19,16 @@ class Scheduled(Sparsifier):
     A change that is due in a step whose gradients are not finite, or that a GradScaler skips, does not happen; but a
     step in which more is active than the plan leaves is always due, so that the next one makes up for it.
     """
+
+    gradual = True
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0; of these the largest |w|, if the plan begins sparser. Nothing is grown back."""
+        allowed = self.allowed(0)
+        if not over(counts(present), allowed):
+            return present
+        size = {n: scores.magnitude(w).masked_fill(~present[n], -torch.inf) for n, w in self.weights.items()}
+        return self.pick(size, allowed)
 
     def allowed(self, t: int) -> Budget:
         """How many weights the plan leaves after step `t`: in each layer, or in all together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,16 @@ def save(sparsifier: Sparsifier) -> dict[str, Any]:
         "method": sparsifier.method,
         "steps": [part.step for part in sparsifier.parts],
         "sparsity": sparsifier.final_sparsity,
+        "min_per_filter": sparsifier.min_per_filter,
         "updates": sparsifier.updates,
         "frozen": sparsifier.frozen,
         "shapes": {name: list(mask.shape) for name, mask in sparsifier.masks.items()},
         "masks": _pack(sparsifier.masks),
         "initial": _pack(sparsifier._initial),
         "explored": _pack(sparsifier._explored),
+        "stayed": _pack(sparsifier._stayed),
+        "adopted": dict(sparsifier.adopted),
+        "blank": sorted(sparsifier._blank),
         "generator": sparsifier.generator.get_state(),
         "extra": copy.deepcopy(sparsifier.extra_state()),
     }
@@ -68,9 +73,20 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
             f"this state was saved with {len(saved['steps'])} optimizers, there are {len(sparsifier.parts)}; "
             "give the same list of optimizers"
         )
+    if (before := saved.get("min_per_filter", 0)) != sparsifier.min_per_filter:  # not in older states: 0
+        warnings.warn(
+            f"this state was saved with min_per_filter={before}, the sparsifier has {sparsifier.min_per_filter}: the "
+            f"masks will move in another way than before; give min_per_filter={before} to go on as it was",
+            stacklevel=3,
+        )
     masks = _unpack(sparsifier, saved["masks"])
     initial = _unpack(sparsifier, saved["initial"]) if saved["initial"] else {}
     explored = _unpack(sparsifier, saved["explored"]) if saved["explored"] else {}
+    both = {name: initial[name] & mask for name, mask in masks.items()} if initial else {}  # older states have no more
+    stayed = _unpack(sparsifier, saved["stayed"]) if saved.get("stayed") else both
+    if (adopted := dict(saved.get("adopted", {}))) != sparsifier.adopted:  # plans are made from these counts
+        sparsifier.adopted = adopted
+        sparsifier.check_options()
     sparsifier.load_extra_state(saved["extra"])
     sparsifier.generator.set_state(saved["generator"])
     for part, step in zip(sparsifier.parts, saved["steps"], strict=True):
@@ -80,7 +96,8 @@ def load(sparsifier: Sparsifier, saved: Mapping[str, Any]) -> None:
         mask.copy_(masks[name])
     sparsifier.count_kept()
     sparsifier.frozen, sparsifier.updates, sparsifier.last_update = saved["frozen"], saved["updates"], None
-    sparsifier._initial, sparsifier._explored = initial, explored
+    sparsifier._initial, sparsifier._explored, sparsifier._stayed = initial, explored, stayed
+    sparsifier._blank = set(saved["blank"]) if "blank" in saved else sparsifier.all_zero()
 
 
 def _check_shapes(sparsifier: Sparsifier, shapes: Mapping[str, Any]) -> None:

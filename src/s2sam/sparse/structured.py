@@ -175,6 +175,13 @@ class Structured(Sparsifier):
         super().apply()
         self._clear_riders()
 
+    def held(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """And what rides along."""
+        weights, masks = super().held()
+        for _, riders in self.riders:
+            weights, masks = weights | riders.weights, masks | riders.masks
+        return weights, masks
+
     def check_fit(self) -> None:
         """Raise RuntimeError if something of a pruned channel is not exactly 0."""
         super().check_fit()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,10 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace every tensor by its sum over all ranks, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            whole = tensor.contiguous()
+            dist.all_reduce(whole)
+            if whole is not tensor:
+                tensor.copy_(whole)
 
 
 @torch.no_grad()
@@ -58,20 +62,60 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     """Overwrite every tensor with rank 0's, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            whole = tensor.contiguous()
+            dist.broadcast(whole, src=0)
+            if whole is not tensor:
+                tensor.copy_(whole)
 
 
-def check_same(masks: Mapping[str, Tensor]) -> None:
-    """Compare a digest of the masks over all ranks.
+@contextmanager
+def together() -> Iterator[None]:
+    """An exception that one rank meets inside is raised on all of them at the end: else the others wait for that rank.
+
+    Nothing inside may wait for another rank.
 
     Raises:
-        RuntimeError: a rank has other masks than rank 0.
+        ValueError: another rank has met an exception; the sentence is its own.
     """
-    if world_size() == 1:
-        return
-    digest = hashlib.sha256(b"".join(pack_bits(m).numpy().tobytes() for m in masks.values())).hexdigest()
-    digests: list[str] = [""] * world_size()
-    dist.all_gather_object(digests, digest)
-    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # raised below, once the others know
+        problem = error
+    found = [""] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, "" if problem is None else str(problem) or type(problem).__name__)
+    if problem is not None:
+        raise problem
+    for rank, sentence in enumerate(found):
+        if sentence:
+            raise ValueError(f"rank {rank}: {sentence}")
+
+
+def largest(value: float) -> float:
+    """The largest value of all ranks."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return max(found)
+
+
+def check_same(masks: Mapping[str, Tensor], problem: RuntimeError | None = None) -> None:
+    """Compare a digest of the masks over all ranks; a `problem` that one rank has found is raised on every rank.
+
+    Raises:
+        RuntimeError: a rank has other masks than rank 0, or a problem.
+    """
+    found: list[tuple[str, str]] = [("", "" if problem is None else str(problem))]
+    if world_size() > 1:
+        digest = hashlib.sha256(b"".join(pack_bits(m).numpy().tobytes() for m in masks.values())).hexdigest()
+        mine, found = (digest, found[0][1]), found * world_size()
+        dist.all_gather_object(found, mine)
+    different = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
     if different:
         raise RuntimeError(f"the masks of ranks {different} differ from rank 0's; load one checkpoint on every rank")
+    if problem is not None:
+        raise problem
+    for rank, (_, sentence) in enumerate(found):
+        if sentence:
+            raise RuntimeError(f"rank {rank}: {sentence}")

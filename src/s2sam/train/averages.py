@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ class Ema:
 
     .. math:: a_{t+1} = \beta\, a_t + (1 - \beta)\, w_{t+1}
 
-    Buffers (BatchNorm statistics) are averaged like weights. When the masks change, the average becomes 0 where the
-    weights do; otherwise the average of a sparse network would be denser than the network.
+    Buffers (BatchNorm statistics) are averaged like weights. When the masks change, the loop calls the sparsifier's
+    `apply_to` on the average; otherwise that of a sparse network would be denser than the network.
 
     Cost: one copy of the model, one pass over it a step.
     """
@@ -49,13 +49,6 @@ class Ema:
         for chosen in kinds(mean):
             self._mean([mean[i] for i in chosen], [now[i] for i in chosen], self.averaged.n_averaged)
         self.averaged.n_averaged += 1
-
-    @torch.no_grad()
-    def mask(self, masks: Mapping[str, Tensor]) -> None:
-        """0 wherever the masks, by parameter name, are False."""
-        for name, p in self.module.named_parameters():
-            if name in masks:
-                p.mul_(masks[name])
 
 
 def recalibrated(

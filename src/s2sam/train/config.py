@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from s2sam import registry
 from s2sam.sparse.names import DISTRIBUTIONS, unknown
 
-SHARPNESS = ("none", "s2sam", "sam")
+SHARPNESS = ("none", "s2sam", "echo", "sam")
 DIRECTIONS = ("gradient", "momentum", "ema", "random")
-SCALES = ("norm", "step", "relative", "filter", "asam")
-SAM_SCALES = ("norm", "relative", "asam")
+SCALES = ("auto", "norm", "step", "relative", "filter", "asam", "rms")
+SAM_SCALES = ("norm", "relative", "asam", "filter", "rms")
+ECHO_SCALE = "relative"  #: what "auto" means for sharpness echo; for the others it is "norm"
 SCOPES = ("all", "weights", "norm")
 RHO_SCHEDULES = ("constant", "late", "rising", "lr")
 OPTIMIZERS = ("sgd", "adamw")
@@ -37,8 +38,9 @@ class SamConfig:
     Args:
         direction: gradient (the paper), momentum, ema (a mean of the gradients) or random (a control); s2sam only.
         sign: 1 (the paper) or -1 (the lookahead side); s2sam only.
-        scale: norm (|e| = rho), relative (|e| = rho |w|) or asam; s2sam also step (e = rho lr d) and filter
-            (|e| = rho |w| for each filter).
+        scale: norm (|e| = rho), relative (|e| = rho |w|), asam, filter (|e| = rho |w| for each filter), rms (rho is the
+            root mean square of e over active weights), or step (e = rho lr d; not for sam); auto is relative for echo,
+            norm for the others.
         scope: all, weights (tensors with at least 2 dims) or norm (normalisation layers); s2sam only.
         ema_beta: decay of the mean of direction ema.
         rho_schedule: constant, late (0 before rho_start), rising (linearly from 0) or lr (as the learning rate); s2sam
@@ -50,7 +52,7 @@ class SamConfig:
 
     direction: str = "gradient"
     sign: int = 1
-    scale: str = "norm"
+    scale: str = "auto"
     scope: str = "all"
     ema_beta: float = 0.9
     rho_schedule: str = "constant"
@@ -72,14 +74,15 @@ class SamConfig:
         if self.scale == "filter" and self.scope == "norm":
             raise ValueError("sam.scale filter displaces tensors with at least 2 dims, and sam.scope norm has none")
 
-    def check_for_sam(self) -> None:
-        """Raise ValueError if something is set that the two-gradient method does not have."""
-        if self.scale not in SAM_SCALES:
+    def check_for(self, sharpness: str) -> None:
+        """Raise ValueError if something is set that sam, the two-gradient method, or echo does not have."""
+        if sharpness == "sam" and self.scale not in SAM_SCALES:
             raise ValueError(f"sam.scale {self.scale} is for sharpness s2sam; sam has {', '.join(SAM_SCALES)}")
-        for key in ("direction", "sign", "scope", "rho_schedule", "clean_growth"):
+        own = {"sam": ("direction", "sign", "scope", "rho_schedule", "clean_growth")}
+        for key in own.get(sharpness, ("direction", "sign", "rho_schedule", "clean_growth")):
             value, only = getattr(self, key), getattr(SamConfig, key)
             if value != only:
-                raise ValueError(f"sam.{key} {value} is for sharpness s2sam; with sam leave it at {only}")
+                raise ValueError(f"sam.{key} {value} is for sharpness s2sam; with {sharpness} leave it at {only}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +235,10 @@ class TrainConfig:
         model: see `s2sam list models`.
         method: dense, or a sparse training method: see `s2sam list methods`.
         sparsity: share of the prunable weights that are 0, at least 0 and below 1; without effect for dense.
-        sharpness: none, s2sam (one gradient a step) or sam (two).
+        sharpness: none, s2sam (one gradient a step), echo (one; each batch twice in a row, so that the second visit is
+            displaced by its own gradient) or sam (two).
         rho: radius of the displacement.
-        epochs: passes over the training images.
+        epochs: passes over the training images; with echo half a pass each, for the same number of steps.
         batch_size: images a step.
         lr: largest learning rate.
         seed: decides initial weights, order of the images, augmentation and random masks.
@@ -262,7 +266,7 @@ class TrainConfig:
         'digits-mlp-static95-s2sam-seed1'
         >>> TrainConfig(sharpness="s3sam")
         Traceback (most recent call last):
-        ValueError: unknown sharpness 's3sam'; did you mean 's2sam'? (one of: none, s2sam, sam)
+        ValueError: unknown sharpness 's3sam'; did you mean 's2sam'? (one of: none, s2sam, echo, sam)
     """
 
     data: str = "digits"
@@ -313,8 +317,11 @@ class TrainConfig:
             )
         if self.sharpness == "sam" and self.precision == "fp16":
             raise ValueError("sharpness sam needs two gradients a step, which fp16 cannot scale; use --precision bf16")
-        if self.sharpness == "sam":
-            self.sam.check_for_sam()
+        if self.sam.scale == "auto":
+            scale = ECHO_SCALE if self.sharpness == "echo" else "norm"
+            object.__setattr__(self, "sam", replace(self.sam, scale=scale))
+        if self.sharpness in ("sam", "echo"):
+            self.sam.check_for(self.sharpness)
         without_momentum = self.optim.name == "sgd" and self.optim.momentum == 0
         if self.sharpness == "s2sam" and self.sam.direction == "momentum" and without_momentum:
             raise ValueError("sam.direction momentum needs an optim.momentum above 0")

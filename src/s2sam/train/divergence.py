@@ -12,6 +12,8 @@ A run stops with one sentence and without DONE
   fp16 it takes 100 steps in a row whatever the epoch: each skipped one halves the scale, from 2^16 at first, and long
   before 2^-84 every finite gradient is 0 in fp16. The few skips by which the scale finds its value never come near.
 
+With echo only second visits count for the last of these: first visits are not displaced, and could go on alone.
+
 A bad but finite result is a result: a network that has settled at guessing finishes its run.
 """
 
@@ -49,9 +51,10 @@ class SkippedSteps:
     def _after_step(self, context: StepContext) -> None:
         self._skipped = int(context.skip) if context.skip or context.found_inf is None else context.found_inf.clone()
 
-    def count(self) -> None:
-        """To be called after every step, taken or not."""
-        self.row = (self.row + 1) * self._skipped
+    def count(self, *, in_row: bool = True) -> None:
+        """To be called after every step, taken or not; `in_row`: whether it counts for `row`."""
+        if in_row:
+            self.row = (self.row + 1) * self._skipped
         self.total = self.total + self._skipped
         self._skipped = 1
 
@@ -75,7 +78,8 @@ def check_skips(state: TrainState) -> None:
     if isinstance(state.skipped.row, Tensor) and (state.step + 1) % limit:
         return
     if state.skipped.row >= limit:
-        raise diverged(state, f"no gradient was finite in the last {limit} steps, none of which moved the weights,")
+        which = "displaced steps" if state.config.sharpness == "echo" else "steps"
+        raise diverged(state, f"no gradient was finite in the last {limit} {which}, none of which moved the weights,")
 
 
 def check_losses(state: TrainState, bad: int, absurd: int) -> None:
@@ -94,8 +98,11 @@ def check_evaluation(state: TrainState, split: str, loss: float | None) -> None:
 
 
 def diverged(state: TrainState, what: str) -> RuntimeError:
-    """The sentence that ends a run."""
+    """The sentence that ends a run; it names what can be too large, the radius too if there is one."""
+    config = state.config
+    radius = config.sharpness != "none" and config.rho > 0
+    or_rho = f", lower --rho (now {config.rho:g}, sharpness {config.sharpness})," if radius else ""
     return RuntimeError(
         f"training diverged: {what} at step {state.step} (epoch {state.epoch + 1}); lower --lr (now "
-        f"{state.config.lr:g}) or give it a warm-up with --schedule.warmup-epochs"
+        f"{config.lr:g}){or_rho} or give it a warm-up with --schedule.warmup-epochs"
     )

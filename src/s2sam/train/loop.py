@@ -185,7 +185,7 @@ class Trainer:
         state, every = self.state, self.state.config.sam.stats_every
         self.meter.add(logits, y, loss)
         if state.skipped is not None:
-            state.skipped.count()
+            state.skipped.count(in_row=not state.first_visit)
             check_skips(state)
         if every and state.step % every == 0:
             self.log.scalars(self.step_record(float(loss)))
@@ -196,7 +196,7 @@ class Trainer:
         """If the masks have changed, the averaged weights follow; and a record of it, if it is due."""
         log, ema = self.topology, self.state.ema
         if log is not None and log.changed() and ema is not None:
-            ema.mask(log.sparsifier.masks)
+            log.sparsifier.apply_to(ema.module)
         record = None if log is None else log.record(self.state.step)
         if record is not None:
             self.log.scalars(record)

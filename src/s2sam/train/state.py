@@ -65,6 +65,12 @@ class TrainState:
             return None
         return self.sparsifier.level
 
+    @property
+    def first_visit(self) -> bool:
+        """Whether the step under way is the first, plain one on its batch (echo)."""
+        in_training = self.step % (self.config.epochs * len(self.batches))
+        return self.config.sharpness == "echo" and in_training % 2 == 0
+
     def next_level(self) -> bool:
         """After a training let LT prune and rewind; schedule, data order, averages begin afresh. False at the end."""
         if self.sparsifier is None or not self.sparsifier.next_level():
@@ -74,7 +80,7 @@ class TrainState:
         steps = len(self.batches)
         self.scheduler = make_scheduler(self.optimizer, self.config.schedule, self.config.epochs * steps, steps)
         self.scaler = make_scaler(self.device, self.config.precision)
-        self.batches.generator.set_state(generator(self.config.seed, "data").get_state())
+        self.batches.restart(generator(self.config.seed, "data").get_state())
         if self.ema is not None:
             self.ema = Ema(self.model, self.config.optim.ema)
         if self.skipped is not None:
@@ -219,6 +225,7 @@ def build(config: TrainConfig, *, init: bool = True) -> TrainState:
     batches = Batches(
         data.train_x, data.train_y, config.batch_size, generator(config.seed, "data"), augment,
         drop_last=images > config.batch_size and images % config.batch_size == 1,  # BatchNorm cannot train on one image
+        visits=2 if config.sharpness == "echo" else 1,
     )  # fmt: skip
     optimizer = make_optimizer(model, config.optim, config.lr)
     sparsifier = None
@@ -263,6 +270,11 @@ def make_sharpness(
     sam = config.sam
     if config.sharpness == "sam":
         return SAM(optimizer, model=model, rho=config.rho, scale=sam.scale)
+    if config.sharpness == "echo":
+        return S2SAM.echo(
+            optimizer, model=model, rho=config.rho, scale=sam.scale, scope=sam.scope, stats_every=sam.stats_every,
+            period=total_steps,
+        )  # fmt: skip
     if config.sharpness == "s2sam":
         rho = radius(config, optimizer, total_steps)
         if sam.clean_growth and sparsifier is not None:

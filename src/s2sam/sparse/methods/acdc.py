@@ -14,7 +14,6 @@ from s2sam.sparse.budget import Distribution
 from s2sam.sparse.options import check_flag, check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.scheduled import Budget, Scheduled, over
-from s2sam.sparse.topk import choose
 
 MOMENTUM = ("momentum_buffer", "exp_avg")  #: what torch's optimizers call it
 
@@ -25,7 +24,8 @@ class ACDCOptions:
 
     `delta_t`, `dense_t`: steps of a compressed and of a dense phase; None is a twentieth of the training, and as long
     as the other. `t_start`, `t_end`: the shares of `total_steps` at which the first and the last compressed phase
-    begin. `reset_momentum`: start each dense phase without momentum.
+    begin. `reset_momentum`: start each dense phase without momentum. `min_per_filter`: how many of its largest weights
+    a filter keeps in a compression, while there are enough; 0: as published.
     """
 
     delta_t: int | None = None
@@ -33,6 +33,7 @@ class ACDCOptions:
     t_start: float = 0.1
     t_end: float = 0.85
     reset_momentum: bool = True
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         for name in ("delta_t", "dense_t"):
@@ -41,6 +42,7 @@ class ACDCOptions:
         check_number("t_start", self.t_start, 0.0, 1.0)
         check_number("t_end", self.t_end, 0.0, 1.0)
         check_flag("reset_momentum", self.reset_momentum)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class ACDC(Scheduled):
@@ -74,6 +76,7 @@ class ACDC(Scheduled):
     """
 
     method = "ac-dc"
+    cannot_adopt = "it begins dense and chooses its masks later"
     Options = ACDCOptions
     options: ACDCOptions
     default_distribution = "global"
@@ -120,7 +123,7 @@ class ACDC(Scheduled):
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """The largest |w|, or all."""
         if self.compressed(t):
-            return choose({n: scores.magnitude(w) for n, w in part.layers.weights.items()}, self.allowed(t))
+            return self.pick({n: scores.magnitude(w) for n, w in part.layers.weights.items()}, self.allowed(t))
         return {name: torch.ones_like(mask) for name, mask in part.layers.masks.items()}
 
     def change_topology(self, part: Part) -> None:

@@ -69,6 +69,7 @@ class CHEX(Structured):
     """
 
     method = "chex"
+    cannot_adopt = "channels come back with the weights that they had, and of these a sparse model holds none"
     Options = CHEXOptions
     options: CHEXOptions
 

@@ -13,25 +13,31 @@ from s2sam.hooks import StepContext, check_number
 from s2sam.sparse import scores
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.drop_grow import add
+from s2sam.sparse.filter_guard import empty_filters
 from s2sam.sparse.masks import counts, pack_bits, unpack_bits
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.topk import topk_mask
+from s2sam.sparse.topk import class_of, topk_mask
 
 
 @dataclass(frozen=True)
 class DeepROptions:
-    """`l1`: alpha. `temperature`: T in equal parts of the training, in turn. `delta_t`: steps between draws."""
+    """`l1`: alpha. `temperature`: T in equal parts of the training, in turn. `delta_t`: steps between draws.
+
+    `min_per_filter`: how many of its connections a filter keeps though they are at 0; 0: as published.
+    """
 
     l1: float = 1e-5
     temperature: tuple[float, ...] = (1e-5, 1e-8, 1e-12, 1e-15)
     delta_t: int = 1
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         check_number("l1", self.l1)
         check_list("temperature", self.temperature, "[1e-5, 1e-8]")
         object.__setattr__(self, "temperature", tuple(check_number("temperature", t) for t in self.temperature))
         check_whole("delta_t", self.delta_t)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class DeepR(Sparsifier):
@@ -58,6 +64,7 @@ class DeepR(Sparsifier):
     """
 
     method = "deepr"
+    zeroes_active = True  # until the next draw
     Options = DeepROptions
     options: DeepROptions
 
@@ -85,19 +92,25 @@ class DeepR(Sparsifier):
         return self.on_grid(t)
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
-        """What is not 0, and random others."""
+        """What is not 0 or among the first of its filter, and random others."""
         masks, weights = part.layers.masks, part.layers.weights
         stay = {name: mask & (weights[name] != 0) for name, mask in masks.items()}
-        alive = counts(stay)
+        taken = dict(masks)
+        if k := self.min_per_filter:
+            for name, mask in masks.items():
+                size = scores.magnitude(weights[name]).masked_fill(~mask, -torch.inf)
+                stay[name] |= class_of(size, k) < k
+                taken[name] = mask | empty_filters(mask)
+        found = counts({**stay, **{f"free of {name}": ~mask for name, mask in taken.items()}})
         changed = {}
         for name, mask in masks.items():
-            dead, dormant = part.kept[name] - alive[name], mask.numel() - part.kept[name]
+            dead, dormant = part.kept[name] - found[name], found[f"free of {name}"]
             if not dead or not dormant or weights[name].grad is None:
                 continue
             if dead > dormant:  # the first of the dead keep their places
                 stay[name] = topk_mask(stay[name].float().masked_fill(~mask, -torch.inf), part.kept[name] - dormant)
             draw = scores.random(weights[name], self.generator)
-            changed[name] = add(stay[name], draw, min(dead, dormant), taken=mask)
+            changed[name] = add(stay[name], draw, min(dead, dormant), taken=taken[name])
         return changed
 
     def extra_state(self) -> dict[str, Any]:

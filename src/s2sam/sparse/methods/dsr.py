@@ -17,7 +17,7 @@ from s2sam.sparse.drop_grow import DropGrow, add
 from s2sam.sparse.masks import counts
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.topk import choose
+from s2sam.sparse.topk import choose, class_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class DSROptions:
 
     `drop_fraction`: the share of active weights that a change should move, N_p / n. `threshold`: H at the start.
     `delta_t`: steps between changes at first. `stretch`: the shares of `total_steps` at which that doubles. `t_end`:
-    the share at which changes end.
+    the share at which changes end. `min_per_filter`: how many of its strongest weights a filter keeps in any case,
+    whatever the threshold; 0: as published.
     """
 
     drop_fraction: float = 0.15
@@ -34,6 +35,7 @@ class DSROptions:
     delta_t: int = 100
     stretch: tuple[float, ...] = (0.25, 0.5, 0.75)
     t_end: float = 0.95
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         check_number("drop_fraction", self.drop_fraction, 0.0, 1.0)
@@ -41,6 +43,7 @@ class DSROptions:
             raise ValueError("threshold must be above 0: it is only ever doubled and halved")
         check_whole("delta_t", self.delta_t)
         check_number("t_end", self.t_end, 0.0, 1.0)
+        check_whole("min_per_filter", self.min_per_filter, 0)
         if self.stretch not in ((), []):
             check_list("stretch", self.stretch, "[0.25, 0.5, 0.75]")
         object.__setattr__(self, "stretch", tuple(check_number("stretch", share, 0.0, 1.0) for share in self.stretch))
@@ -94,13 +97,15 @@ class DSR(DropGrow):
         room = self._room(part, weights)
         size = {name: scores.magnitude(w).masked_fill(~masks[name], -torch.inf) for name, w in weights.items()}
         threshold = self.thresholds[self.parts.index(part)]
-        strong = counts({name: s >= threshold for name, s in size.items()})
+        k = self.min_per_filter
+        strong = counts({name: (s >= threshold) | (class_of(s, k) < k) for name, s in size.items()})
         active = sum(part.kept[name] for name in weights)
         n = max(sum(max(1, k) for k in strong.values()), active - sum(room.values()))
-        kept = choose(size, n)
+        kept = choose(size, n, min_per_filter=k)
         grown = share_out(active - n, counts(kept), room)
         draw = {name: scores.random(w, self.generator) for name, w in weights.items()}
-        return {name: add(kept[name], draw[name], grown[name], taken=masks[name]) for name in weights}
+        taken = {name: self.closed(masks[name], masks[name]) for name in weights}
+        return {name: add(kept[name], draw[name], grown[name], taken=taken[name]) for name in weights}
 
     def change_topology(self, part: Part) -> None:
         """And adapt H to how many weights were dropped."""
@@ -122,7 +127,7 @@ class DSR(DropGrow):
         self.thresholds = list(extra["thresholds"])
 
     def _room(self, part: Part, weights: Mapping[str, Tensor]) -> dict[str, int]:
-        return {name: w.numel() - part.kept[name] for name, w in weights.items()}
+        return {name: self.open(name) - part.kept[name] for name in weights}
 
     def _live(self, part: Part) -> dict[str, Tensor]:
         """The layers but for those without a gradient, which stay as they are."""

@@ -36,11 +36,18 @@ class GMPOptions:
 
 @dataclass(frozen=True)
 class GMPBlockOptions(BlockChoice, GMPOptions):
-    """As above, and the block."""
+    """As above, and the block.
+
+    `min_per_filter`: how many of its largest weights (with a block: blocks) a filter keeps, while there are enough; 0:
+    as published.
+    """
+
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         BlockChoice.__post_init__(self)
         GMPOptions.__post_init__(self)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class GMP(InBlocks, Scheduled):
@@ -98,7 +105,7 @@ class GMP(InBlocks, Scheduled):
             )
         self.grid = [t for t in range(o.delta_t, self.end, o.delta_t) if t > start] + [self.end]
         curve = Cubic(o.initial_sparsity, final, start, self.end)
-        self.sparsities = [o.initial_sparsity] + [curve(t) for t in self.grid]
+        self.sparsities = [max(self.there, s) for s in (o.initial_sparsity, *map(curve, self.grid))]
         self.plan = self.budgets(self.sparsities)
 
     def target_sparsity(self, t: int) -> float:

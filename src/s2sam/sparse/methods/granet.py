@@ -14,9 +14,11 @@ from s2sam.sparse import scores
 from s2sam.sparse.base import Sparsifier
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.drop_grow import GrowByGradient, add
+from s2sam.sparse.filter_guard import empty_filters, filter_counts
 from s2sam.sparse.masks import counts
 from s2sam.sparse.methods.gmp import GMP, GMPOptions
 from s2sam.sparse.names import unknown
+from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.schedules import CosineDrop
 from s2sam.sparse.topk import topk_mask
@@ -26,7 +28,10 @@ STARTS = ("erk", "er", "uniform", "global")
 
 @dataclass(frozen=True)
 class GraNetOptions(GMPOptions):
-    """As GMP's; the share exchanged falls by a cosine from `drop_fraction` to `drop_end` at the end of the training."""
+    """As GMP's; the share exchanged falls by a cosine from `drop_fraction` to `drop_end` at the end of the training.
+
+    `min_per_filter`: how many of its largest weights a filter keeps, while there are enough; 0: as published.
+    """
 
     initial_sparsity: float = 0.5
     delta_t: int = 1000
@@ -34,11 +39,13 @@ class GraNetOptions(GMPOptions):
     t_end: float = 0.6875
     drop_fraction: float = 0.5
     drop_end: float = 0.005
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("drop_fraction", self.drop_fraction, 0.0, 1.0)
         check_number("drop_end", self.drop_end, 0.0, 1.0)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class GraNet(GrowByGradient, GMP):
@@ -95,10 +102,13 @@ class GraNet(GrowByGradient, GMP):
         if not self.on_grid(t):
             return masks
         fraction = CosineDrop(self.options.drop_fraction, self.step_at(1.0), self.options.drop_end)(t)
+        k = self.min_per_filter
+        filters = filter_counts(masks, k) if k else {}
         for name, active in counts(masks).items():
             n, grow = math.floor(fraction * active + 1e-9), self.grow_scores(part, name)
             if grow is not None:
                 size = scores.magnitude(part.layers.weights[name]).masked_fill(~masks[name], -torch.inf)
-                kept = topk_mask(size, active - n, check=False)
-                masks[name] = add(kept, grow, n, taken=kept)
+                n = min(n, active - filters[name][0]) if k else n
+                kept = topk_mask(size, active - n, check=False, min_per_filter=k)
+                masks[name] = add(kept, grow, n, taken=kept | empty_filters(masks[name]) if k else kept)
         return masks

@@ -48,10 +48,11 @@ class GraSP(Saliency):
         g: dict[str, Tensor] = {}
         hg: dict[str, Tensor] = {}
         with scoring_copy(model, self.weights, bn_mode=self.options.bn_mode) as (twin, weights):
-            batches = list(self.read_batches(next(iter(weights.values()))))
-            for batch in batches:
-                loss = self.loss(self._cooled(twin, batch), batch.target)
-                add_(g, gradients(loss, weights), batch.size)
+            with sync.together():
+                batches = list(self.read_batches(next(iter(weights.values()))))
+                for batch in batches:
+                    loss = self.loss(self._cooled(twin, batch), batch.target)
+                    add_(g, gradients(loss, weights), batch.size)
             sync.sum_over_ranks(g.values())
             for batch in batches:
                 loss = self.loss(self._cooled(twin, batch), batch.target)

@@ -16,20 +16,24 @@ from s2sam.sparse.budget import Distribution
 from s2sam.sparse.options import check_whole
 from s2sam.sparse.part import Part
 from s2sam.sparse.prunable import unwrap
-from s2sam.sparse.topk import choose
 
 
 @dataclass(frozen=True)
 class LTOptions:
-    """The share of the remaining weights to remove at each level, and the step whose weights they are rewound to."""
+    """The share of the remaining weights to remove at each level, and the step whose weights they are rewound to.
+
+    `min_per_filter`: how many of its largest weights a filter keeps, while there are enough; 0: as published.
+    """
 
     rate: float = 0.2
     rewind_step: int = 0
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < check_number("rate", self.rate, 0.0, 1.0) < 1:
             raise ValueError(f"rate must be above 0 and below 1, got {self.rate!r}")
         check_whole("rewind_step", self.rewind_step, 0)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class LT(Sparsifier):
@@ -75,6 +79,7 @@ class LT(Sparsifier):
     """
 
     method = "lt"
+    cannot_adopt = "its first training is dense"
     default_distribution = "global"
     Options = LTOptions
     options: LTOptions
@@ -132,7 +137,7 @@ class LT(Sparsifier):
         left = {
             name: scores.magnitude(self.weights[name]).masked_fill(~m, -torch.inf) for name, m in self.masks.items()
         }
-        self._next = choose(left, self.plan[self.level])
+        self._next = self.pick(left, self.plan[self.level])
         for part in self.parts:
             self.change_topology(part)
         self._rewind()

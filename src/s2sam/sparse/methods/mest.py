@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from s2sam.hooks import check_number
 from s2sam.sparse import scores
 from s2sam.sparse.budget import Distribution, thin
+from s2sam.sparse.filter_guard import FilterGuard
 from s2sam.sparse.names import unknown
 from s2sam.sparse.options import check_flag, check_list, check_whole
 from s2sam.sparse.part import Part
@@ -28,7 +29,8 @@ class MESTOptions:
     `variant`: em (memory never above the target's) or em_s (soft bound: above it, then back). `delta_t`: steps between
     exchanges. `phases`: the shares of `total_steps` at which the next phase begins. `lower`, `upper`: one sparsity per
     phase, in place of the variant's rule. `grad_weight`: lambda. `regrow_dropped`: what was just dropped may be drawn,
-    and then keeps its value. `mest_compat`: dropped and grown weights keep their optimizer state.
+    and then keeps its value. `mest_compat`: dropped and grown weights keep their optimizer state. `min_per_filter`: how
+    many of its best weights a filter keeps, while there are enough; 0: as published.
     """
 
     variant: str = "em"
@@ -39,6 +41,7 @@ class MESTOptions:
     grad_weight: float = 0.0
     regrow_dropped: bool = False
     mest_compat: bool = False
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -52,6 +55,7 @@ class MESTOptions:
                 object.__setattr__(self, name, tuple(check_number(name, value, 0.0, 1.0) for value in given))
         check_flag("regrow_dropped", self.regrow_dropped)
         check_flag("mest_compat", self.mest_compat)
+        check_whole("min_per_filter", self.min_per_filter, 0)
         if any(b <= a for a, b in pairwise(self.phases)):
             raise ValueError(f"phases must be rising shares of the training, got {self.phases}")
 
@@ -77,7 +81,7 @@ def bounds(variant: str, sparsity: float, phases: int) -> tuple[list[float], lis
     return [sparsity] * phases, [max(0.0, sparsity - min(density, 0.05) * u) for u in width]
 
 
-class MEST(Scheduled):
+class MEST(FilterGuard, Scheduled):
     """Every `delta_t` steps: keep the best of each layer down to the lower bound, grow zeros up to the upper bound.
 
     score = |w| + lambda |dL/dw|;  grown: uniformly random among the weights that were inactive; they start at 0
@@ -143,7 +147,7 @@ class MEST(Scheduled):
         self, model: nn.Module, sparsity: float, distribution: Distribution, power_scale: float
     ) -> dict[str, Tensor]:
         """The largest |w|, within the first upper bound."""
-        return choose({name: scores.magnitude(w) for name, w in self.weights.items()}, self.upper[self.phase(0)])
+        return self.pick({name: scores.magnitude(w) for name, w in self.weights.items()}, self.upper[self.phase(0)])
 
     def due(self, part: Part, t: int) -> bool:
         """On the grid while there is something to exchange, and wherever more is active than the upper bound."""
@@ -158,8 +162,8 @@ class MEST(Scheduled):
         """What is kept, and random others."""
         weights, masks = part.layers.weights, part.layers.masks
         keep, upper = self._keep(part, t), self.upper[self.phase(t)]
-        kept = choose(self.active(part, {name: self._score(w) for name, w in weights.items()}), keep)
-        taken = kept if self.options.regrow_dropped else masks
+        kept = self.pick(self.active(part, {name: self._score(w) for name, w in weights.items()}), keep)
+        taken = {n: self.closed(kept[n] if self.options.regrow_dropped else mask, mask) for n, mask in masks.items()}
         draw = {name: scores.random(w, self.generator) for name, w in weights.items()}
         draw = {name: s.masked_fill(taken[name], -torch.inf) for name, s in draw.items()}
         grown = choose(draw, _difference(upper, keep), at_least=0)
@@ -173,16 +177,20 @@ class MEST(Scheduled):
         return score
 
     def _keep(self, part: Part, t: int) -> Budget:
-        """How many stay: the lower bound, or more where too few are inactive to grow up to the upper bound again."""
-        lower, upper = self.lower[self.phase(t)], self.upper[self.phase(t)]
-        if self.options.regrow_dropped:
-            return lower
-        sizes = {name: w.numel() for name, w in part.layers.weights.items()}
+        """How many stay: the lower bound, or more where too few can grow up to the upper bound again, or can go."""
+        lower, upper, names = self.lower[self.phase(t)], self.upper[self.phase(t)], list(part.layers.weights)
         if isinstance(lower, int):
             assert isinstance(upper, int)
-            return max(lower, upper - sum(sizes.values()) + sum(part.kept.values()))
+            return self._least(part, names, lower, upper)
         assert not isinstance(upper, int)
-        return {name: max(lower[name], upper[name] - size + part.kept[name]) for name, size in sizes.items()}
+        return {name: self._least(part, [name], lower[name], upper[name]) for name in names}
+
+    def _least(self, part: Part, names: list[str], lower: int, upper: int) -> int:
+        """The same for these layers together."""
+        least = max(lower, min(upper, sum(self.sure(name) for name in names)))
+        if self.options.regrow_dropped:
+            return least
+        return max(least, upper - sum(self.open(name) - part.kept[name] for name in names))
 
 
 def _scaled(budget: Budget, share: float) -> Budget:

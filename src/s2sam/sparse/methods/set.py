@@ -15,7 +15,7 @@ from s2sam.sparse.drop_grow import DropGrowOptions
 from s2sam.sparse.masks import counts
 from s2sam.sparse.options import check_flag
 from s2sam.sparse.part import Part
-from s2sam.sparse.topk import topk_mask
+from s2sam.sparse.topk import class_of, topk_mask
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ class SET(Blocks):
         if not self.options.sign_split:
             return super().keep(part, name, n_drop)
         mask, weight = part.layers.masks[name], part.layers.weights[name]
-        strength = self.drop_scores(part, name)
+        strength = self.drop_scores(part, name).masked_fill(~mask, -torch.inf)
+        sure = class_of(strength, self.min_per_filter) < self.min_per_filter
+        strength = strength.masked_fill(sure, torch.inf)
         kept = torch.zeros_like(mask)
         for side in (mask & (weight >= 0), mask & (weight < 0)):
-            n = counts({name: side})[name]
-            n_side = n - math.floor(n_drop / part.kept[name] * n + 1e-9)
+            n, n_sure = counts({"all": side, "sure": side & sure}).values()
+            n_side = max(n - math.floor(n_drop / part.kept[name] * n + 1e-9), n_sure)
             kept |= topk_mask(strength.masked_fill(~side, -torch.inf), n_side, check=False)
         return kept, part.kept[name] - counts({name: kept})[name]

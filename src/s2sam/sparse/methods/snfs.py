@@ -91,8 +91,8 @@ class SNFS(DropGrow):
         rest = part.resting()
         n = {name: 0 if name in rest else self.drop_count(part, name, t) for name in masks}
         kept = {name: self.keep(part, name, n[name])[0] for name in masks}
-        taken = kept if self.options.regrow_dropped else masks
-        free = {name: mask.numel() - part.kept[name] for name, mask in masks.items()}
+        taken = {n: self.closed(kept[n] if self.options.regrow_dropped else mask, mask) for n, mask in masks.items()}
+        free = {name: self.open(name) - part.kept[name] for name in masks}
         room = {name: (free[name] + n[name] * self.options.regrow_dropped) * (name not in rest) for name in masks}
         grown = share_out(sum(n.values()), self._means(part, strength), room)
         return {name: add(kept[name], strength[name], grown[name], taken=taken[name]) for name in masks}

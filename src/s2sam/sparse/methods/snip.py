@@ -37,7 +37,8 @@ class SNIP(Saliency):
     def initial_scores(self, model: nn.Module) -> dict[str, Tensor]:
         """|w sum_i dL_i/dw|."""
         total: dict[str, Tensor] = {}
-        with scoring_copy(model, self.weights, bn_mode=self.options.bn_mode) as (twin, weights):
+        copied = scoring_copy(model, self.weights, bn_mode=self.options.bn_mode)
+        with copied as (twin, weights), sync.together():
             for batch in self.read_batches(next(iter(weights.values()))):
                 loss = self.loss(self.called("the model", twin, *batch.args, **batch.kwargs), batch.target)
                 add_(total, gradients(loss, weights), batch.size)

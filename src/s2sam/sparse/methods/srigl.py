@@ -18,7 +18,7 @@ from s2sam.sparse.methods.rigl import RigL
 from s2sam.sparse.names import select, unknown
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.part import Part
-from s2sam.sparse.topk import comparable, topk_mask
+from s2sam.sparse.topk import comparable, per_row, topk_mask
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class SRigL(RigL):
         self.fan = {name: w.numel() // len(w) for name, w in self.weights.items()}
         spread = "uniform" if self.distribution == "global" else self.distribution
         shapes = {name: tuple(w.shape) for name, w in self.weights.items()}
-        self.aim = counts(shapes, self.final_sparsity, spread, power_scale=self.power_scale)
+        drawn = {} if self.adopted else counts(shapes, self.final_sparsity, spread, power_scale=self.power_scale)
+        self.aim = dict(self.adopted) or drawn
 
     def target_sparsity(self, t: int) -> float:
         """That of neurons with equal fan-ins; `t` makes no difference."""
@@ -120,6 +121,17 @@ class SRigL(RigL):
                 chosen = topk_mask(draw.flatten(1).amax(1), rows[name], check=False)
                 masks[name] = per_row(draw, inputs[name]) & _wide(chosen, draw)
         return masks
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where weights are not 0, if the neurons of a layer that have any have equally many."""
+        for name, there in present.items():
+            inputs = there.flatten(1).sum(1)
+            if not bool((inputs[inputs > 0] == inputs.max()).all()):
+                raise ValueError(
+                    f"the neurons of {name!r} have different numbers of inputs, so method 'srigl' cannot adopt it; "
+                    "adopt it with another method, such as 'rigl', or prune with init='anew'"
+                )
+        return present
 
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """What is left of each layer's neurons, and their inputs."""
@@ -189,19 +201,6 @@ def constant(size: Tensor, slope: Tensor, alive: Tensor, fan_in: int, n_keep: in
     kept = topk_mask(strong, n_keep, check=False) & (strong > -torch.inf)
     kept &= per_row(strong.masked_fill(~kept, -torch.inf), fan_in)
     return per_row(slope.masked_fill(kept, torch.inf), fan_in) & rows
-
-
-def per_row(scores: Tensor, k: int) -> Tensor:
-    """A bool mask with the `k` largest scores of each slice along dim 0, of equal ones the first.
-
-    >>> per_row(torch.tensor([[1.0, 2.0, 2.0], [3.0, 1.0, 2.0]]), 1).int().tolist()
-    [[0, 1, 0], [1, 0, 0]]
-    """
-    flat = scores.flatten(1)
-    threshold = torch.topk(flat, k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, level = flat > threshold, flat == threshold
-    mask = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    return mask.view(scores.shape)
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from s2sam.sparse.blocks import BlockChoice, InBlocks
+from s2sam.sparse.blocks import FixedOptions, InBlocks
 
 
 class Static(InBlocks):
     """Random active weights within the budget, fixed for the whole training.
 
     With good layer densities ("erk") a strong baseline (Liu et al. 2022, arXiv:2202.02643). With `block` whole blocks
-    are active or pruned. Cost: the masks alone.
+    are active or pruned. `min_per_filter` gives each filter so many random weights first. Cost: the masks alone.
     """
 
     method = "static"
-    Options = BlockChoice
-    options: BlockChoice
+    Options = FixedOptions
+    options: FixedOptions

@@ -84,6 +84,7 @@ class STR(GMP):
     """
 
     method = "str"
+    zeroes_active = True  # below their threshold, until the masks follow
     Options = STROptions
     options: STROptions
     default_distribution = "global"
@@ -123,6 +124,10 @@ class STR(GMP):
             self.s_velocity[name] = torch.zeros_like(self.s[name])
         sync.broadcast(self.theta.values())
         return self._choose(list(self.weights), 0)
+
+    def adopt(self, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The largest |w|, as many as there are, or as the plan leaves; theta of the others stays at 0."""
+        return self.initial_masks(model, self.final_sparsity, self.distribution, self.power_scale)
 
     def soft(self, part: Part, name: str) -> Tensor:
         """S(theta, s) on the mask, in the weight's dtype."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from s2sam.sparse.budget import Distribution
 from s2sam.sparse.options import check_list, check_whole
 from s2sam.sparse.saliency import Batch, Saliency, SaliencyOptions, checked, gradients, scoring_copy
-from s2sam.sparse.topk import choose
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,13 @@ class SynFlow(Saliency):
             for k in range(1, self.options.rounds + 1):
                 flow = self.flow(twin, weights, shape)
                 left = step_budget(budget, sizes, k / self.options.rounds)
-                alive = choose({n: s[masks[n]] for n, s in flow.items()}, left, at_least=self.min_per_layer)
+                masks = self.pick(
+                    {name: s.masked_fill(~masks[name], -torch.inf) for name, s in flow.items()},
+                    left,
+                    at_least=self.min_per_layer,
+                )
                 with torch.no_grad():
                     for name, w in weights.items():
-                        masks[name].masked_scatter_(masks[name].clone(), alive[name])
                         w.mul_(masks[name])
         return masks
 

@@ -22,18 +22,21 @@ class TopKASTOptions:
     """What differs between runs of Top-KAST.
 
     `backward_sparsity`: of B; None leaves B twice as many weights as A. `delta_t`: steps between choices of A and B.
-    `momentum`: of the weights of B that are not in A.
+    `momentum`: of the weights of B that are not in A. `min_per_filter`: how many of its largest weights a filter has in
+    A, while there are enough; 0: as published.
     """
 
     backward_sparsity: float | None = None
     delta_t: int = 1
     momentum: float = 0.9
+    min_per_filter: int = 1
 
     def __post_init__(self) -> None:
         if self.backward_sparsity is not None:
             check_number("backward_sparsity", self.backward_sparsity, 0.0, 1.0)
         check_whole("delta_t", self.delta_t)
         check_number("momentum", self.momentum, 0.0, 1.0)
+        check_whole("min_per_filter", self.min_per_filter, 0)
 
 
 class TopKAST(Reserve):
@@ -58,6 +61,7 @@ class TopKAST(Reserve):
     """
 
     method = "top-kast"
+    cannot_adopt = "it chooses among weights outside the network, too, and of these a sparse model holds none"
     Options = TopKASTOptions
     options: TopKASTOptions
 
@@ -94,7 +98,7 @@ class TopKAST(Reserve):
     def next_masks(self, part: Part, t: int) -> dict[str, Tensor]:
         """The largest |theta|, as many as before; a layer without a gradient stays as it is."""
         kept, rest = part.kept, part.resting()
-        return {n: topk_mask(self.theta(part, n).abs(), kept[n], check=False) for n in kept if n not in rest}
+        return {n: self._largest(self.theta(part, n), kept[n]) for n in kept if n not in rest}
 
     def change_topology(self, part: Part) -> None:
         """And choose B."""
@@ -111,9 +115,13 @@ class TopKAST(Reserve):
         for name, w in self.weights.items():
             self.backward[name] = unpack_bits(extra["backward"][name], w.shape).to(w.device)
 
+    def _largest(self, theta: Tensor, n: int) -> Tensor:
+        """The first `n`, of which the first fewer are a subset."""
+        return topk_mask(theta.abs(), n, check=False, min_per_filter=self.min_per_filter)
+
     def _choose(self, part: Part) -> None:
         for name, kept in part.kept.items():
             theta = self.theta(part, name)
             n = min(theta.numel(), round(self.ratio * kept))
-            self.backward[name] = topk_mask(theta.abs(), n, check=False)
+            self.backward[name] = self._largest(theta, n)
         sync.broadcast_masks({name: self.backward[name] for name in part.kept})  # as A: rank 0's
