@@ -90,6 +90,24 @@ def test_what_is_no_finished_run(copy, tmp_path, capsys):
     assert "is not a finished run" in refused(capsys, copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"mean": "0.5"}, "env.json is damaged (mean is '0.5')"),
+        ({"mean": [None]}, "env.json is damaged (mean[0] is None)"),
+        ({"std": [0.0]}, "env.json is damaged (std[0] is 0.0)"),
+        ({"std": [1.0, 1.0]}, "it has 1 means and 2 standard deviations"),
+        ({"classes": 10}, "env.json is damaged (classes is 10)"),
+        ({"data_digest": None}, "env.json is damaged (data_digest is None)"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_no_run_wrote(copy, capsys, change, sentence):
+    env = json.loads((copy / "env.json").read_text())
+    (copy / "env.json").write_text(json.dumps(env | change))
+    assert sentence in refused(capsys, copy)
+
+
 def test_changed_images_and_missing_averages(copy, capsys):
     env = json.loads((copy / "env.json").read_text())
     (copy / "env.json").write_text(json.dumps({**env, "data_digest": "0"}))

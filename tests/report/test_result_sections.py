@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,9 @@ from s2sam.report.sharpness_section import PANELS, find_sharpness, sentences, sh
 from s2sam.report.svg import style
 from s2sam.report.write import make_table
 from s2sam.train.folder import FILES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import changed
 
 NAMES = ("gaussian_noise", "glass_blur", "fog")
 SEEDS = (0, 1, 2)
@@ -352,6 +358,43 @@ def test_damaged_files_end_in_one_sentence(runs, tmp_path, capsys, name, text):
     assert main(["report", *map(str, runs.values()), "--out", str(out)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert name in said.replace(" ", "") and "damaged or no result of" in said and not out.exists()
+
+
+WRITERS = {
+    "sharpness.json": (find_sharpness, sharpness_sections, put_sharpness),
+    "premise.json": (find_premise, premise_sections, put_premise),
+    "bound.json": (find_bounds, bound_sections, put_bound),
+    "robustness-generated.json": (lambda arms: find_robustness(arms, "generated"), robust_sections, put_robust),
+}
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # of axes that end at 1e30
+@pytest.mark.parametrize("name", WRITERS)
+def test_any_damage_is_refused_or_drawn(runs, name):
+    """Each value is another one, or gone, in one run or in all: what is read can be drawn, and nothing else is read."""
+    find_them, draw_them, write = WRITERS[name]
+    two = {key: folder for key, folder in runs.items() if key[1] < 1}
+    arms, draw, drawn = arms_of(two), random.Random(name), 0
+    for turn in range(40):
+        write(two)
+        files = [folder / name for folder in two.values()]
+        whole = json.loads(files[0].read_text())
+        other = changed(whole, draw)
+        for path in files[: 1 + turn % 2]:
+            own = json.loads(path.read_text())
+            path.write_text(json.dumps({key: own[key] if value == whole.get(key) else value
+                                        for key, value in other.items() if key in own}))  # fmt: skip
+        sentence = ""
+        try:
+            held = find_them(arms)
+        except ValueError as error:  # anything else fails the test
+            sentence = str(error)
+        assert "\n" not in sentence
+        if not sentence and held.by_arm and drawn < 8:
+            drawn += 1
+            with style():
+                assert draw_them(held, arms)
+    assert drawn
 
 
 def test_what_was_measured_otherwise_is_refused(runs):

@@ -24,6 +24,7 @@ TINY = TrainConfig(
     epochs=1, batch_size=32, sparse=SparseConfig(options={"delta_t": 1}),
     data_options=DataConfig(train_size=64), model_options={"width": 0.125},
 )  # fmt: skip
+pytestmark = pytest.mark.timeout(400)  # on a machine that does much else
 KILLED = 99
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
