@@ -94,12 +94,13 @@ class Row:
     same: bool  #: the weights stay what they were
     goes_on: bool  #: training goes on afterwards
     plain: bool  #: the next window has no direction: it was lost
+    rel: float  #: how near ||x - w|| is to rho afterwards
 
 
-def row(name, verdict="works", *, says="", states=("closed", "open"), same=True, goes_on=True, plain=False):
+def row(name, verdict="works", *, says="", states=("closed", "open"), same=True, goes_on=True, plain=False, rel=2e-3):
     def add(act):
         assert name not in ROWS
-        ROWS[name] = Row(act, verdict, says, states, same, goes_on, plain)
+        ROWS[name] = Row(act, verdict, says, states, same, goes_on, plain, rel)
         return act
 
     return add
@@ -384,7 +385,7 @@ def _(world):
     world.optimizer.zero_grad()
 
 
-@row("model.double(), .half(), .bfloat16() and back", same=False)
+@row("model.double(), .half(), .bfloat16() and back", same=False, rel=1e-2)  # x was rounded as well as w
 def _(world):
     for dtype in (torch.float64, torch.bfloat16):
         world.net.to(dtype)
@@ -665,7 +666,7 @@ def test_row(name, state):
     for step in range(3):  # one of them may be RigL's, which moves no weight
         before = world.clean()
         world.backward()
-        assert world.displacement() == pytest.approx(0.0 if one.plain and step == 0 else RHO, rel=2e-3)
+        assert world.displacement() == pytest.approx(0.0 if one.plain and step == 0 else RHO, rel=one.rel)
         assert all(torch.equal(world.clean()[name], before[name]) for name in before)
         world.optimizer.step()
         world.optimizer.zero_grad()
