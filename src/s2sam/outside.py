@@ -41,7 +41,7 @@ def reading(path: Path | str, what: str, advice: str) -> Iterator[None]:
     except (DamagedError, ImportError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.filename is not None:  # not a seek to where a damaged file points
             raise
         mark = getattr(error, "problem_mark", None)  # where YAML went wrong
         told = " ".join(str(error).split()) if mark is None else f"line {mark.line + 1}"

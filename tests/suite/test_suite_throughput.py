@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import re
+import sys
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -17,6 +20,9 @@ from s2sam.suite.execute import run_plan
 from s2sam.suite.page import render
 from s2sam.suite.text import cells_csv, runs_csv, to_markdown
 from s2sam.suite.throughput import build_throughput, steps_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import changed, damaged
 
 
 @pytest.fixture
@@ -101,3 +107,30 @@ def test_missing_cells_are_not_measured(speed, plan_of, console):
     speed["rows"] = {"Some": {"method": "some-day"}}
     table = run_plan(plan_of(speed | {"planned": ["some-day"]}), console=console)
     assert {entry.state for entry in table.entries} == {"missing: the method some-day does not exist here yet"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_measurements_are_not_read_but_named(speed, plan_of, console, seed):
+    draw, plan = random.Random(seed), plan_of(speed)
+    path = plan.out / "rounds" / "digits_static_90.json"
+    configs = {column: plan.config(plan.cells[0], column, 0).as_dict() for column in plan.suite.columns}
+    whole = {
+        "seconds_per_step": {column: [0.01, 0.02, 0.03] for column in configs},
+        "configs": configs,
+        "environment": {"versions": {"s2sam": "1", "torch": "2"}, "git_commit": "abc", "hardware": {"cpu": "x"}},
+    }
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(whole))
+    assert run_plan(plan, console=console, read_only=True).entries
+    refused = 0
+    for turn in range(60):
+        text = json.dumps(changed(whole, draw)).encode()
+        path.write_bytes(text if turn % 3 else damaged(json.dumps(whole).encode(), draw))
+        said = ""
+        try:
+            run_plan(plan, console=console, read_only=True)
+        except ValueError as error:
+            said = str(error)
+        refused += bool(said)
+        assert not said or said.startswith("not measured yet: digits, Static 90 %")
+    assert refused > 20

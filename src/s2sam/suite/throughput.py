@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from s2sam.outside import DamagedError, fit, parse_json, reading
 from s2sam.report.cost import load_rounds
 from s2sam.report.stats import LEVEL, median_interval
 from s2sam.suite.plan import Cell, Plan, slug
@@ -131,15 +132,20 @@ def _measure(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> Non
 
 
 def _same(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> bool:
-    """True if the file holds that many rounds of these settings."""
+    """True if the file holds that many rounds of these settings, and where they were measured; False if damaged."""
     from s2sam.train.resume import differences
 
+    if not path.is_file():
+        return False
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        saved = content["configs"]
-        return set(saved) == set(configs) and not any(
-            len(content["seconds_per_step"][column]) != rounds or any(differences(config.as_dict(), saved[column]))
-            for column, config in configs.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with reading(path, "not a speed measurement", "measure it again"):
+            content = parse_json(path.read_bytes())
+            fit(content, {"environment": {...: object}, "configs": {...: {...: object}}})
+            seconds, saved = load_rounds(path), content["configs"]
+            made_by([content["environment"]])
+            return seconds.keys() == saved.keys() == configs.keys() and not any(
+                len(seconds[column]) != rounds or any(differences(config.as_dict(), saved[column]))
+                for column, config in configs.items()
+            )
+    except DamagedError:
         return False
