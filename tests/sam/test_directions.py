@@ -45,6 +45,7 @@ def test_length_and_measured_displacement_of_every_combination(direction, scale,
         "relative": lambda: rho * total(w),
         "step": lambda: rho * optimizer.param_groups[0]["lr"] * total(d),
         "filter": lambda: rho * total(w),
+        "rms": lambda: rho * sum(int((v != 0).sum()) for v in w) ** 0.5,
         "asam": lambda: rho * total([v * v * u for v, u in zip(w, d, strict=True)])
         / total([v * u for v, u in zip(w, d, strict=True)]),
     }[scale]()  # fmt: skip

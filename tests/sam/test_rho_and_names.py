@@ -166,7 +166,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(options, error, sentence):
         (lambda o: S2SAM.paper(o, scope="norm"), "scope='all'"),
         (lambda o: S2SAM.paper(o, ema_beta=0.9), "no use for ema_beta"),
         (lambda o: S2SAM.paper(o, rho=late(5)), "constant rho"),
-        (lambda o: SAM(o, scale="filter"), "for SAM, got 'filter'"),
+        (lambda o: SAM(o, scale="filtr"), "for SAM, got 'filtr'"),
         (lambda o: SAM(o, scale="step"), "for SAM, got 'step'"),
         (lambda o: late(0), "total_steps must be a whole number"),
         (lambda o: late(5, 1.5), "start must be a finite number between 0 and 1"),

@@ -21,7 +21,7 @@ def closure_of(net, x, y, calls=None):
     return closure
 
 
-@pytest.mark.parametrize("scale", ["norm", "relative", "asam"])
+@pytest.mark.parametrize("scale", ["norm", "relative", "asam", "rms", "filter"])
 @pytest.mark.parametrize("name", BATTERY)
 def test_equals_an_explicit_two_gradient_step(name, scale):
     net, twin = make_net(), make_net()
@@ -43,8 +43,13 @@ def test_equals_an_explicit_two_gradient_step(name, scale):
         if scale == "asam":
             n = total([a * b for a, b in zip(g, w, strict=True)])
             e = [0.05 * b.detach() ** 2 * a / n for a, b in zip(g, w, strict=True)]
+        elif scale == "filter":
+            lengths = [
+                (b.detach().norm(dim=1, keepdim=True), a.norm(dim=1, keepdim=True)) for a, b in zip(g, w, strict=True)
+            ]
+            e = [0.05 * of_w / of_g * a for a, (of_w, of_g) in zip(g, lengths, strict=True)]
         else:
-            size = total(w) if scale == "relative" else 1.0
+            size = {"relative": total(w), "rms": sum(int((b != 0).sum()) for b in w) ** 0.5}.get(scale, 1.0)
             e = [0.05 * size * a / total(g) for a in g]
         _, g = gradient([a + b for a, b in zip(w, e, strict=True)], x, y)
         for p, q in zip(w, g, strict=True):
