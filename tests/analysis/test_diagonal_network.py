@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2sam import SAM, S2SAM
+from s2sam import S2SAM, SAM
 from s2sam.analysis.diagonal_network import (
     ARMS,
     GRADIENTS,
@@ -66,30 +66,23 @@ def test_the_runner_is_the_real_optimizer(direction, make_generator):
     assert float((plain - expected).abs().max()) > 1e-2
 
 
-def test_problems_side_by_side_are_problems_alone(make_generator):
+def replayed(problem, places, draws):
+    """Some of the problems, with batches that were drawn before."""
+    some, batches = DiagonalNetworks(problem.rows[places], problem.solutions[places]), iter(draws)
+    object.__setattr__(some, "draw", lambda generator: next(batches)[places])
+    return some
+
+
+@pytest.mark.parametrize("direction", ["none", "same batch", "other batch", "previous", "echo"])
+def test_problems_side_by_side_are_problems_alone(direction, make_generator):
     """A problem's steps depend on its own rows, batches and norm only."""
-    both = DiagonalNetworks.drawn(2, make_generator(3))
-    draws = [both.draw(make_generator(seed)) for seed in range(200)]
-    for arm in ARMS:
-        if arm.direction in ("random", "other batch"):
-            continue
-
-        class Replayed(DiagonalNetworks):
-            def draw(self, generator, many=iter(draws)):
-                return next(many)
-
-        together = train(arm, Replayed(both.rows, both.solutions), gradients=120, generator=make_generator())
-        for place in range(2):
-
-            class One(DiagonalNetworks):
-                def draw(self, generator, many=iter(draws), place=place):
-                    return next(many)[place : place + 1]
-
-            alone = train(
-                arm, One(both.rows[place : place + 1], both.solutions[place : place + 1]), gradients=120,
-                generator=make_generator(),
-            )  # fmt: skip
-            torch.testing.assert_close(alone[0], together[place], rtol=0, atol=1e-12)
+    arm, both = BY_DIRECTION[direction], DiagonalNetworks.drawn(2, make_generator(3))
+    draws = [both.draw(make_generator(seed)) for seed in range(120)]
+    together = train(arm, replayed(both, slice(None), draws), gradients=120, generator=make_generator())
+    for place in range(2):
+        one = replayed(both, slice(place, place + 1), draws)
+        alone = train(arm, one, gradients=120, generator=make_generator())
+        torch.testing.assert_close(alone[0], together[place], rtol=0, atol=1e-12)
 
 
 def test_gradient_is_the_derivative_and_counts_are_equal(make_generator):

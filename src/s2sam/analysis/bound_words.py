@@ -48,7 +48,8 @@ def verdicts(result: Result) -> list[str]:
     for name, (key, what) in BESIDE.items():
         total, value, factor = result["terms"][name]["total"], result["measured"][key], factors(result)[name]
         largest = max(("start", "noise", "radius", "generalisation"), key=lambda term: result["terms"][name][term])
-        line = f"{name}{' (not proved for this run)' if biased(result) else ''}: at least {total:.3g} nats, most of it {largest}"
+        proved = " (not proved for this run)" if biased(result) else ""
+        line = f"{name}{proved}: at least {total:.3g} nats, most of it {largest}"
         tested, epochs = (result["measured"][count] for count in ("tested_epochs", "epochs"))
         if key == "test_loss" and tested < epochs:
             what += f" ({tested} of {epochs} epochs)"

@@ -11,7 +11,7 @@ radii for half of the run, which then fall to 0 together along a line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from s2sam.analysis.descent import unit
 ROWS, WEIGHTS, ACTIVE, BATCH = 30, 60, 3, 2
 FOUND, MISSED = 0.02, 0.05  #: test errors: at most, at least
 GRADIENTS = 8_000  #: of every method
-REPLICAS = 24  #: fresh problems
+REPLICAS = 48  #: fresh problems
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ ARMS = (
     Arm("SAM, same batch", "same batch", 0.05, 0.3, finds=True),
     Arm("SAM, independent batch", "other batch", 0.05, 1.0, finds=False),
     Arm("S2-SAM +g_{t-1}", "previous", 0.05, 1.0, finds=False),
-    Arm("S2-SAM echo", "echo", 0.1, 0.3, finds=True),
+    Arm("S2-SAM echo", "echo", 0.05, 0.3, finds=True),
     Arm("isotropic noise", "random", 0.02, 3.0, finds=True),
 )
 
@@ -139,7 +139,6 @@ def recovery(
     arms: tuple[Arm, ...] = ARMS,
     replicas: int = REPLICAS,
     gradients: int = GRADIENTS,
-    tell: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Check]:
     """Same-batch SAM, echo and noise find the sparse solution; SAM on independent batches, +g_{t-1} and SGD do not.
 
@@ -152,7 +151,6 @@ def recovery(
     problem = DiagonalNetworks.drawn(replicas, generator)
     errors: dict[str, Tensor] = {}
     for arm in arms:
-        tell(f"diagonal network, {arm.name}")
         errors[arm.name] = problem.test_error(train(arm, problem, gradients=gradients, generator=generator))
     for arm in arms:
         mean, error = mean_and_error(errors[arm.name])

@@ -80,8 +80,8 @@ def _words(results: Sequence[Result]) -> list[str]:
     same = sum(map(biased, results))
     if same:
         lines.append(
-            f"In {same} of {n} runs (two-step SAM, echo) a batch's gradient is taken at a place that the batch itself has "
-            "chosen, so it is biased and none of these bounds is proved."
+            f"In {same} of {n} runs (two-step SAM, echo) a batch's gradient is taken at a place that the batch itself "
+            "has chosen, so it is biased and none of these bounds is proved."
         )
     broken = sum(r["step_condition"] > 1 for r in results)
     if broken:
