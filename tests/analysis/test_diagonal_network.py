@@ -107,7 +107,7 @@ def test_gradient_is_the_derivative_and_counts_are_equal(make_generator):
 
 
 def test_the_verdicts_hold_in_a_shorter_run(make_generator):
-    checks = list(recovery(make_generator(1), replicas=6, gradients=4000))
+    checks = list(recovery(make_generator(1), replicas=64, gradients=5000))
     assert [c.setting for c in checks if not c.holds] == []
     assert len(checks) == 3 + 2 * 3 and sum(c.control for c in checks) == 3
 
@@ -115,8 +115,15 @@ def test_the_verdicts_hold_in_a_shorter_run(make_generator):
 def test_a_method_without_its_displacement_is_not_found_to_recover(make_generator):
     """Each batch twice is not enough: without the displacement echo's claims fail, and a claim against SAM too."""
     arms = (ARMS[0], replace(BY_DIRECTION["echo"], rho=0.0), replace(BY_DIRECTION["same batch"], finds=False))
-    checks = list(recovery(make_generator(1), arms=arms, replicas=6, gradients=4000))
+    checks = list(recovery(make_generator(1), arms=arms, replicas=64, gradients=5000))
     assert [c.holds for c in checks] == [True, False, False, False]
+
+
+def test_weights_that_diverge_count_as_knowing_nothing(make_generator):
+    """At a learning rate of 5 everything diverges: that is missed, and no method may be said to have found it."""
+    arms = tuple(replace(arm, lr=5.0) for arm in (ARMS[0], BY_DIRECTION["echo"], BY_DIRECTION["previous"]))
+    checks = list(recovery(make_generator(1), arms=arms, replicas=4, gradients=400))
+    assert [(c.measured, c.holds) for c in checks] == [(1.0, True), (1.0, False), (0.0, False), (1.0, True)]
 
 
 def test_the_force_of_sam_is_the_slope_of_the_norm(make_generator):
