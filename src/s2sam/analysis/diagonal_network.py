@@ -40,12 +40,12 @@ class Arm:
 
 
 ARMS = (
-    Arm("SGD", "none", 0.05, 0.0),
+    Arm("SGD", "none", 0.005, 0.0),
     Arm("SAM, same batch", "same batch", 0.05, 0.3, finds=True),
     Arm("SAM, independent batch", "other batch", 0.05, 1.0, finds=False),
     Arm("S2-SAM +g_{t-1}", "previous", 0.05, 1.0, finds=False),
     Arm("S2-SAM echo", "echo", 0.05, 0.3, finds=True),
-    Arm("isotropic noise", "random", 0.02, 3.0, finds=True),
+    Arm("isotropic noise", "random", 0.05, 3.0, finds=True),
 )
 
 
