@@ -144,8 +144,8 @@ def recovery(
 
     The interval of a mean over fresh problems is 4 standard errors to either side. An arm that finds it must lie below
     0.02 with its whole interval, and every other arm above 0.05 with its own; and against SGD on the same problems the
-    former must be better by at least 0.2, again with the whole interval of the difference. A test error above 1, also that
-    of weights that diverged, counts as 1: what knowing nothing has.
+    former must be better by at least 0.2, again with the whole interval of the difference. A test error above 1, also
+    that of weights that diverged, counts as 1: what knowing nothing has.
 
     Cost: about 10 s on one core.
     """
