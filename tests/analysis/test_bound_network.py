@@ -302,6 +302,8 @@ def test_words_about_what_a_run_breaks():
         return " | ".join(premises({**RESULT, **changed}))
 
     assert "neither applies" in said(sharpness="sam") and "neither applies" not in said()
+    echo = said(sharpness="echo", squared_radius=0.0)  # also without a radius, since a batch's second visit knows it
+    assert "so the gradients of second visits are biased and neither bound applies" in echo and "SGD's" not in echo
     assert "the corollary's bound is SGD's" in said(sharpness="none", squared_radius=0.0)
     assert "this run used adamw" in said(optimizer="adamw", momentum=None)
     assert "not shown to break" in said(step_condition=0.5)

@@ -24,12 +24,15 @@ from s2sam.analysis.bound_run import (
     stops,
     weighted,
 )
+from s2sam.analysis.bound_words import sentences
 from s2sam.report.read import read_run
 from s2sam.train import TrainConfig, run
 from s2sam.train.config import DataConfig, OptimConfig, SamConfig, ScheduleConfig, SparseConfig
 from s2sam.train.state import build
 from s2sam.train.step import train_step
 
+SOME = {"points": [(1.0, 1.0), (0.5, 1.0)], "losses": [1.0], "gradients": [1.0], "quotients": {"step": [1.0]},
+        "variances": [0.0]}  # fmt: skip
 SMALL = ProbeSettings(images=160, steps=3, examples=2, power=2)
 CONFIG = TrainConfig(
     epochs=2, sparse=SparseConfig(options={"delta_t": 2}), sam=SamConfig(stats_every=1), device="cpu",
@@ -174,15 +177,49 @@ def test_runs_without_and_with_two_step_displacement(tmp_path):
     assert none["measured"]["test_loss"] == pytest.approx(read_run(tmp_path / "none").epochs[0]["test_loss"])
 
 
+def test_echo_is_measured_at_its_second_visits_and_the_bounds_are_not_claimed_for_it(tmp_path):
+    """Step records every 10th step show first visits only, whose displacement is 0: that is not the run's."""
+    config = replace(CONFIG, sharpness="echo", rho=0.5, sam=SamConfig(scale="norm", stats_every=2), method="dense")
+    run(replace(config, out=str(tmp_path / "even")))
+    assert {r["displacement"] for r in read_run(tmp_path / "even").steps} == {0.0}
+    found = probe(tmp_path / "even")
+    assert found["squared_radius"] == pytest.approx(0.5**2 / 2, rel=1e-3) and found["radius_from"] == "probes"
+    lengths = found["probes"][0]["displacements"]
+    assert lengths == pytest.approx([0.0, 0.5, 0.0, 0.5], rel=1e-4)
+    lines = sentences([found])
+    assert sum("(not proved for this run): at least" in line for line in lines) == 3
+    assert sum("neither bound applies" in line for line in lines) == 1
+    assert not any("the corollary's bound is SGD's" in line for line in lines)
+    logged = [{"step": s, "lr": 1.0, "displacement": 0.5 * (s % 2)} for s in range(9)]
+    found = bound_run.evaluate(build(config), [Probe(**SOME, displacements=[0.0])], [], logged)
+    assert found["squared_radius"] == pytest.approx(0.125) and found["radius_from"] == "steps"
+
+
+def test_looking_does_not_change_the_training_of_echo():
+    config = replace(CONFIG, sharpness="echo", rho=0.5, sam=SamConfig(scale="norm"))
+    looked, plain = build(config), build(config)
+    seen = []
+    for stop in stops(looked, 6, []):
+        seen.append(stop.w)
+        stop.displaced(torch.zeros(0))
+    batches = itertools.chain.from_iterable(itertools.repeat(plain.batches))
+    for w, following in itertools.pairwise(seen):
+        assert torch.equal(w, bound_run.flat(list(plain.model.parameters())))
+        plain.model.train()
+        train_step(plain, *next(batches))
+        plain.advance()
+        assert not torch.equal(w, following)
+    assert torch.equal(seen[-1], bound_run.flat(list(plain.model.parameters())))
+
+
 def test_a_displacement_that_begins_late_counts_as_0_before():
     """Without step records the radius is that of the probes, and steps without displacement are steps, too."""
     sam = SamConfig(rho_schedule="late", rho_start=0.5, stats_every=0)
     state = build(replace(CONFIG, sam=sam))
-    some = {"points": [(1.0, 1.0), (0.5, 1.0)], "losses": [1.0], "gradients": [1.0], "quotients": {"step": [1.0]}}
     lengths = [0.0, 0.0, 0.0, 0.05, 0.05]  # the first of all: no direction yet
     probes = [
-        Probe(**some, variances=[0.0], displacements=lengths[:3]),
-        Probe(**some, variances=[0.0], displacements=lengths[3:]),
+        Probe(**SOME, displacements=lengths[:3]),
+        Probe(**SOME, displacements=lengths[3:]),
     ]
     found = bound_run.evaluate(state, probes, [], [])
     assert found["radius_from"] == "probes" and found["squared_radius"] == pytest.approx(2 * 0.0025 / 4)

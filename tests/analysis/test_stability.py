@@ -23,6 +23,7 @@ from s2sam.analysis.stability_measured import (
 BY_NAME = {m.name: m for m in METHODS}
 SGD, NESTEROV, SAM = (BY_NAME[name] for name in ("SGD", "Nesterov", "SAM"))
 PLUS, MINUS = BY_NAME["S2-SAM +gradient"], BY_NAME["S2-SAM -gradient"]
+ECHO, NOISE = BY_NAME["S2-SAM echo"], BY_NAME["S2-SAM noise"]
 some_settings = st.builds(
     Setting, lr=st.floats(0.01, 0.5), momentum=st.floats(0.1, 0.95), c=st.floats(0.005, 0.5), beta=st.floats(0, 0.95)
 )
@@ -30,7 +31,7 @@ some_settings = st.builds(
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [(SGD, 38.0), (NESTEROV, 13.571), (SAM, 19.326), (PLUS, 3.851), (MINUS, 13.103)],
+    [(SGD, 38.0), (NESTEROV, 13.571), (SAM, 19.326), (PLUS, 3.851), (MINUS, 13.103), (ECHO, 6.498), (NOISE, 38.0)],
     ids=lambda v: getattr(v, "name", v),
 )
 def test_golden_values_at_eta_01_mu_09_c_005(method, expected):
@@ -91,6 +92,50 @@ def test_nesterov_is_minus_momentum_with_c_eta_mu(s):
     np.testing.assert_allclose(
         polynomials(NESTEROV, h, s), polynomials(BY_NAME["S2-SAM -momentum"], h, s), rtol=0, atol=1e-9
     )
+
+
+@given(some_settings, st.floats(0.1, 80.0))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_the_polynomial_of_echo_is_that_of_two_steps_of_sgd(s, h):
+    """The map of a pair, column by column, from the steps as torch takes them; its eigenvalues are the roots."""
+    columns = []
+    for w, buffer in ((1.0, 0.0), (0.0, 1.0)):
+        plain = h * w
+        buffer = s.momentum * buffer + plain
+        w -= s.lr * buffer
+        buffer = s.momentum * buffer + h * (w + s.c * plain)
+        columns.append((w - s.lr * buffer, buffer))
+    pair = np.array(columns).T
+    found = polynomials(ECHO, np.array([h]), s)[0]
+    np.testing.assert_allclose(found[1:], [-np.trace(pair), np.linalg.det(pair), 0.0], rtol=1e-8, atol=1e-8)
+
+
+@given(some_settings)
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_the_limit_of_echo_is_where_its_roots_leave_the_circle(s):
+    limit = critical_curvature(ECHO, s)
+    below = np.linspace(0.01, 1 - 1e-4, 500) * limit
+    assert root_radius(ECHO, below, s).max() < 1
+    assert root_radius(ECHO, np.array([1 + 1e-4]) * limit, s)[0] > 1
+
+
+@pytest.mark.parametrize(("momentum", "c", "expected"), [(0.9, 0.05, 6.498), (0.5, 0.05, 11.835), (0.0, 0.01, 22.222)])
+def test_each_condition_of_echo_is_where_training_says(momentum, c, expected):
+    """The modulus of a complex pair, Z = -1, and Z = 1 are first in turn."""
+    setting = Setting(momentum=momentum, c=c)
+    measured = measured_critical_curvature(ECHO, setting)
+    assert critical_curvature(ECHO, setting) == pytest.approx(expected, abs=1e-3)
+    assert measured == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_band_that_training_could_step_over_is_refused():
+    """Without momentum and at c just above eta/2 echo is unstable around h = 20 only, and again from 40 on."""
+    setting = Setting(momentum=0.0, c=0.0502)
+    radius = root_radius(ECHO, np.array([17.0, 20.0, 24.0]), setting)
+    assert (radius > 1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="echo is unstable in a band of curvatures .* choose another c or momentum"):
+        check_measurable(setting)
+    assert check_measurable(Setting(momentum=0.0)) == 900  # at c = eta/2 it touches the circle, and no more
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -106,6 +106,10 @@ def test_every_experiment_is_in_the_suite(monkeypatch):
         ("bound_average", "random_iterate"),
         ("bound_average", "published"),
         ("bound_rates", "decay_place"),
+        ("bound_echo", "momentum_filter"),
+        ("bound_echo", "echo_pairs"),
+        ("diagonal_network", "same_batch_force"),
+        ("diagonal_network", "recovery"),
     ):
 
         def stub(generator, name=name):
@@ -117,10 +121,11 @@ def test_every_experiment_is_in_the_suite(monkeypatch):
     found = bound_suite.run_suite(bound_suite.Setting(momentum=0.0), tell=told.append)
     assert found.holds
     assert [c.experiment for c in found.checks if c.setting == ""] == [
-        "mean_iterate", "tight", "negative_control", "random_iterate", "decay_place", "published"
+        "mean_iterate", "tight", "negative_control", "random_iterate", "decay_place", "published",
+        "momentum_filter", "echo_pairs", "same_batch_force", "recovery",
     ]  # fmt: skip
     assert told[0] == "same as the classes"
-    assert len([t for t in told if t.startswith("stability of")]) == 8  # no direction momentum without momentum
+    assert len([t for t in told if t.startswith("stability of")]) == 10  # no direction momentum without momentum
 
 
 QUICK = ("--images", "128", "--steps", "2", "--examples", "1", "--power", "1", "--device", "cpu")

@@ -52,3 +52,10 @@ def test_results_from_before_masks_were_told_apart_are_named():
     lines = bound_section._words([result(10, **old), result(10, **new), result(10, method="dense", probes=[{}])])
     assert lines[3].startswith("In 1 of 3 runs mu was taken over all masks together") and "`s2sam bound`" in lines[3]
     assert len(bound_section._words([result(10, **new)])) == 3
+
+
+def test_runs_whose_gradients_are_biased_are_counted():
+    runs = [{"sharpness": "echo"}, {"sharpness": "sam", "squared_radius": 0.01}, {"sharpness": "s2sam"}, {}]
+    lines = bound_section._words([result(10, **run) for run in runs])
+    assert lines[3].startswith("In 2 of 4 runs (two-step SAM, echo) a batch's gradient is taken at a place")
+    assert len(bound_section._words([result(10, sharpness="sam", squared_radius=0.0)])) == 3

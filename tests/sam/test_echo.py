@@ -162,7 +162,8 @@ def test_presets_say_what_they_are():
     sam.remove()
     sam = S2SAM.echo(optimizer, model=net, stats_every=1)
     train(net, optimizer, echo(make_data(2)))
-    assert ECHO_SCALE == "relative" and sam.stats["relative"] == pytest.approx(ECHO_RHO, rel=1e-6)
+    w = sum(float(p.square().sum()) for p in net.parameters()) ** 0.5  # all are matrices: no filter is left out
+    assert ECHO_SCALE == "filter" and sam.stats["relative"] == pytest.approx(ECHO_RHO, rel=1e-6) and w > 0
     sam.remove()
     train(net, optimizer, make_data(1))  # nothing is left that would call for two visits
     from s2sam.hooks import step_hooks

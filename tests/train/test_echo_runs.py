@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -22,25 +23,27 @@ TINY = TrainConfig(
 
 
 def steps(config, n=None):
-    """(images, displacement over ||w||) of each step, from the trainer's own parts."""
+    """(images, displacement if it was measured) of each step, from the trainer's own parts."""
     state = build(config)
     found = []
     for _ in range(config.epochs):
         for batch in state.batches:
             x, y = state.mix(*batch)
             train_step(state, x, y)
-            relative = state.sharpness.stats["relative"] if isinstance(state.sharpness, S2SAM) else 0.0
-            found.append((x, relative))
+            measured = isinstance(state.sharpness, S2SAM) and state.sharpness.measures(state.step)
+            found.append((x, state.sharpness.stats["displacement"] if measured else 0.0))
             state.advance()
     return state, found
 
 
-def test_every_batch_comes_twice_and_the_second_visit_is_displaced_by_rho_times_the_norm_of_the_weights():
-    state, found = steps(dataclasses.replace(TINY, data_options=DataConfig(train_size=128, mixup=0.2, augment="crop")))
+def test_every_batch_comes_twice_and_the_second_visit_is_displaced():
+    sam = SamConfig(stats_every=1, scale="norm")
+    data = DataConfig(train_size=128, mixup=0.2, augment="crop")
+    state, found = steps(dataclasses.replace(TINY, data_options=data, sam=sam))
     assert len(found) == state.n_steps == 2 * len(state.batches)
-    for (x, plain), (again, relative) in zip(found[::2], found[1::2], strict=True):
+    for (x, _), (again, displacement) in zip(found[::2], found[1::2], strict=True):
         assert torch.equal(x, again)
-        assert plain == 0 and relative == pytest.approx(0.05, rel=1e-3)
+        assert displacement == pytest.approx(0.05, rel=1e-3)
     assert not torch.equal(found[0][0], found[2][0])
 
 
@@ -94,8 +97,8 @@ def test_trainings_of_an_odd_number_of_steps_begin_with_a_first_visit():
     radii, images = [], []
     while True:
         for batch in state.batches:
+            radii.append(state.sharpness._slots[0].factor(state.sharpness.step))
             train_step(state, *state.mix(*batch))
-            radii.append(state.sharpness.stats["relative"])
             images.append(batch[0])
             state.advance()
         state.epoch = 1
@@ -133,3 +136,13 @@ def test_a_loader_of_one_batch(tmp_path):
     config = dataclasses.replace(TINY, batch_size=512, epochs=4, out=str(tmp_path))
     state, found = steps(config)
     assert len(state.batches) == 1 and [r > 0 for _, r in found] == [False, True] * 2
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 3, 5, 7]), (2, [1, 3, 5, 7]), (3, [1, 5]), (0, [])])
+def test_step_records_are_of_second_visits(tmp_path, every, expected):
+    """The first ones are not displaced: a run would look as if nothing were."""
+    run(dataclasses.replace(TINY, sam=SamConfig(stats_every=every), out=str(tmp_path)))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in found] == expected
+    assert all(row["displacement"] > 0 for row in found)

@@ -44,7 +44,8 @@ def test_every_arm_trains_into_a_whole_folder(tmp_path, method, sharpness):
     final = run(config)
 
     assert load_config(folder / "config.yaml") == config
-    assert (folder / "DONE").stat().st_size == 0
+    sealed = json.loads((folder / "DONE").read_text())["sha256"]
+    assert {"metrics.jsonl", "model.safetensors"} <= sealed.keys()
     env = json.loads((folder / "env.json").read_text())
     assert env["versions"]["torch"] == torch.__version__
     assert final == records(folder, "final")[0]

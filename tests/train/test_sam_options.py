@@ -139,7 +139,7 @@ REFUSED = [
     (lambda: SamConfig(ema_beta=1.0), "sam.ema_beta must be a number at least 0 and below 1"),
     (lambda: SamConfig(rho_start=1.5), "sam.rho_start must be a number between 0 and 1"),
     (lambda: SamConfig(scale="filter", scope="norm"), "sam.scope norm has none"),
-    (lambda: with_sharpness("sam", scale="filter"), "sam.scale filter is for sharpness s2sam; sam has norm"),
+    (lambda: with_sharpness("sam", scale="step"), "sam.scale step is for sharpness s2sam; sam has norm"),
     (lambda: with_sharpness("sam", direction="momentum"), "sam.direction momentum is for sharpness s2sam"),
     (lambda: with_sharpness("sam", sign=-1), "sam.sign -1 is for sharpness s2sam; with sam leave it at 1"),
     (lambda: with_sharpness("sam", scope="norm"), "sam.scope norm is for"),

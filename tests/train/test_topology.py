@@ -91,12 +91,12 @@ def test_a_run_that_changes_in_every_step(tmp_path, monkeypatch):
 
 
 def test_the_average_follows_changes_that_are_not_told(tmp_path, monkeypatch):
-    from s2sam.train.averages import Ema
+    from s2sam.sparse.base import Sparsifier
 
     calls = []
-    mask = Ema.mask
+    apply_to = Sparsifier.apply_to
     monkeypatch.setattr(topology, "RECORDS", 1)
-    monkeypatch.setattr(Ema, "mask", lambda self, masks: calls.append(1) or mask(self, masks))
+    monkeypatch.setattr(Sparsifier, "apply_to", lambda self, model: calls.append(1) or apply_to(self, model))
     run(dataclasses.replace(TINY, optim=OptimConfig(ema=0.5), out=str(tmp_path / "run")))
     assert len(calls) >= 19  # every step but the last, which changes nothing
 

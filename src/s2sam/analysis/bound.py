@@ -15,7 +15,8 @@ mean of the loss over n examples, \hat F_S = F_S + (lambda/2) ||w||^2 the regula
 
 It holds for **every** direction u_t of length at most 1 that is known before batch t is drawn, and its right side is
 smallest at rho = 0, where it is SGD's. So it certifies that the displacement does no more harm than its third term. It
-says nothing about a gain. What each of the two assumes is in :data:`ASSUMPTIONS`.
+says nothing about a gain, and nothing about two-step SAM and echo, whose direction is that of the same batch; for echo
+see :mod:`s2sam.analysis.bound_echo`. What each of the two assumes is in :data:`ASSUMPTIONS`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ASSUMPTIONS = (
     Assumption("smooth", "the gradient is L-Lipschitz: ||grad F(w) - grad F(v)|| <= L ||w - v||"),
     Assumption("PL", "||grad F(w)||^2 >= 2 mu (F(w) - F*), with mu > 0 (of the regularised F in the theorem)"),
     Assumption("unbiased", "E(g_t | past) = grad F(x_t): the displacement is fixed before batch t is drawn; g_{t-1} "
-               "is, the gradient of the same batch (two-step SAM) is not"),
+               "is, the gradient of the same batch (two-step SAM, echo) is not"),
     Assumption("variance", "E(||g_t - grad F(x_t)||^2 | past) <= sigma^2"),
     Assumption("step", "eta <= 1/L, or 1/(L + lambda) with weight decay", theorem=False),
     Assumption("radius", "||u_t|| <= 1 and a fixed rho; nothing else about the direction", theorem=False),

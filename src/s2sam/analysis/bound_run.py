@@ -257,8 +257,12 @@ def evaluate(
         del seen[:1]  # at the start of the run there is no direction yet
     training = state.config.epochs * len(state.batches)
     later = [r for r in steps if r.get("step", 0) % training]  # the first step of a training has no direction yet
+    visits = 1
+    if state.config.sharpness == "echo":
+        # Records every 10th step, say, would be of first visits only: take second ones, which are half of all steps.
+        visits, seen, later = 2, [e for e in seen if e > 0], [r for r in later if r.get("displacement")]
     logged = weighted(later, "displacement", 2) if isinstance(state.sharpness, S2SAM) else None
-    squared = logged if logged is not None else sum(e * e for e in seen) / len(seen) if seen else 0.0
+    squared = (logged if logged is not None else sum(e * e for e in seen) / len(seen) if seen else 0.0) / visits
     decay, examples = state.config.optim.weight_decay, len(state.data.train_x)
     terms = network_terms(found, rates, squared_radius=squared, decay=decay, examples=examples)
     return {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from s2sam.analysis import bound_average, bound_rates
+from s2sam.analysis import bound_average, bound_echo, bound_rates, diagonal_network
 from s2sam.analysis.bound_average import NAMES
 from s2sam.analysis.bound_check import Check
 from s2sam.analysis.bound_rates import Rate
@@ -64,9 +64,9 @@ def run_suite(
     """Run everything; `tell` is called with the name of each experiment before it begins.
 
     Raises:
-        ValueError: momentum or beta above 0.99.
+        ValueError: the stability boundary cannot be measured at this setting: see check_measurable.
 
-    Cost: about 20 s on one core, of which most is the optimizers' own steps in the measured stability boundary.
+    Cost: about 30 s on one core, of which most is the optimizers' own steps in the measured stability boundary.
     """
     suite = Suite(setting or Setting(), seed)
     check_measurable(suite.setting)
@@ -81,6 +81,10 @@ def run_suite(
         bound_rates.decay_place,
         bound_average.published,
         limit_cycles,
+        bound_echo.momentum_filter,
+        bound_echo.echo_pairs,
+        diagonal_network.same_batch_force,
+        diagonal_network.recovery,
     )
     for experiment in experiments:
         tell(experiment.__name__.replace("_", " "))
@@ -111,7 +115,7 @@ def boundary_check(boundary: Boundary) -> Check:
 
 
 def same_as_the_classes(generator: torch.Generator, *, steps: int = 60) -> Iterator[Check]:
-    """S2SAM and SAM on torch's SGD follow the recursion that the other experiments use, batch for batch."""
+    """S2SAM and SAM on torch's SGD follow the recursions that the other experiments use, batch for batch."""
     rows = torch.randn(20, 8, dtype=torch.float64, generator=generator)
     problem = LeastSquares(rows, torch.randn(20, dtype=torch.float64, generator=generator), batch=2)
     start = torch.ones(1, 8, dtype=torch.float64)
@@ -124,6 +128,11 @@ def same_as_the_classes(generator: torch.Generator, *, steps: int = 60) -> Itera
         actual = _with_the_class(problem, start, steps, direction, torch.Generator().manual_seed(seed))
         apart = float((actual - expected).abs().max())
         yield Check("classes follow the recursion", NAMES[direction], apart, 1e-12, unit="weight")
+    batches = torch.Generator().manual_seed(seed)
+    expected = bound_echo.echo_descent(problem, start, lr=0.05, pairs=steps // 2, rho=0.1, generator=batches)[-1]
+    actual = _with_the_class(problem, start, steps, "echo", torch.Generator().manual_seed(seed), decay=0.0)
+    apart = float((actual - expected).abs().max())
+    yield Check("classes follow the recursion", "echo", apart, 1e-12, unit="weight")
 
 
 def limit_cycles(generator: torch.Generator) -> Iterator[Check]:
@@ -144,14 +153,21 @@ def limit_cycles(generator: torch.Generator) -> Iterator[Check]:
 
 
 def _with_the_class(
-    problem: LeastSquares, start: Tensor, steps: int, direction: str, generator: torch.Generator
+    problem: LeastSquares,
+    start: Tensor,
+    steps: int,
+    direction: str,
+    generator: torch.Generator,
+    *,
+    decay: float = 0.01,
 ) -> Tensor:
     w = torch.nn.Parameter(start.clone())
-    kinds = {"none": "sgd", "same batch": "sam"}
+    kinds = {"none": "sgd", "same batch": "sam", "echo": "echo"}
     method = Method(direction, kinds.get(direction, "s2sam"), sign=-1 if direction == "-previous" else 1)
-    optimizer, single = real_optimizer(method, w, Setting(lr=0.05, momentum=0.0), rho=0.1, decay=0.01)
-    for _ in range(steps):
-        sample = problem.draw(1, generator)
+    optimizer, single = real_optimizer(method, w, Setting(lr=0.05, momentum=0.0), rho=0.1, decay=decay)
+    for step in range(steps):
+        if direction != "echo" or step % 2 == 0:
+            sample = problem.draw(1, generator)
 
         def fill(sample: Tensor = sample) -> None:
             w.grad = problem.sample_gradient(w.detach(), sample)

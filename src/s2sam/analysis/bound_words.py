@@ -48,7 +48,8 @@ def verdicts(result: Result) -> list[str]:
     for name, (key, what) in BESIDE.items():
         total, value, factor = result["terms"][name]["total"], result["measured"][key], factors(result)[name]
         largest = max(("start", "noise", "radius", "generalisation"), key=lambda term: result["terms"][name][term])
-        line = f"{name}: at least {total:.3g} nats, most of it {largest}"
+        proved = " (not proved for this run)" if biased(result) else ""
+        line = f"{name}{proved}: at least {total:.3g} nats, most of it {largest}"
         tested, epochs = (result["measured"][count] for count in ("tested_epochs", "epochs"))
         if key == "test_loss" and tested < epochs:
             what += f" ({tested} of {epochs} epochs)"
@@ -120,8 +121,26 @@ def _masks(result: Result) -> list[str]:
     return lines
 
 
+def biased(result: Result) -> bool:
+    """Whether a step's gradient depends on its batch in a second way, so that neither bound is proved for the run.
+
+    Echo's does even with rho = 0: its second visits begin where the first step on the same batch has led.
+
+    >>> [biased({"sharpness": kind, "squared_radius": 0.0}) for kind in ("sam", "echo", "s2sam")]
+    [False, True, False]
+    """
+    kind = result.get("sharpness")
+    return kind == "echo" or (kind == "sam" and bool(result.get("squared_radius")))
+
+
 def _displacement(result: Result) -> str:
     squared, kind = result["squared_radius"], result["sharpness"]
+    if kind == "echo":
+        return (
+            f"displacement {math.sqrt(squared):.3g} (root mean square, first visits, which have none, included); echo "
+            "takes its direction from the same batch, so the gradients of second visits are biased and neither bound "
+            "applies; what is proved for its pairs of steps instead is in docs/theory.md"
+        )
     if kind == "none" or squared == 0:
         return "no displacement: the radius term is 0, and the corollary's bound is SGD's"
     total, radius = (result["terms"]["corollary"][name] for name in ("total", "radius"))

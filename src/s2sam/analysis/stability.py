@@ -20,6 +20,15 @@ direction momentum  z (1 - s c/eta) + s c/eta  z                            s = 
 direction random    1                          1                            as SGD: noise feeds back nothing
 ==================  =========================  ===========================  =================================
 
+Echo takes a plain and a displaced step in turn, so its recursion is linear from one pair of steps to the next: with
+a = 1 + mu - eta h and k = eta c h^2 the pair maps (w_t, w_{t-1}) to (w_{t+2}, w_{t+1}) by
+
+.. math::
+    \begin{pmatrix} a^2 - \mu - k & -a \mu \\ a & -\mu \end{pmatrix}, \qquad
+    Z^2 - (a^2 - 2 \mu - k) Z + \mu (\mu + k) = 0, \qquad Z = z^2
+
+It is stable where mu (mu + k) < 1, eta h < (1 + mu) (2 + c h) and (1 - mu) k < (1 - mu)^2 + a^2.
+
 A method is stable if all roots lie inside the unit circle. Nesterov is direction momentum with s = -1 and c = eta mu.
 For direction gradient with s = +1 and mu > 0 a complex pair leaves the circle first, far below the limit of SAM; for
 mu = 0 the method is stable where c h < 1 and eta h < 2 + 2 c h. c is per unit of d: momentum is longer than the
@@ -28,6 +37,7 @@ gradient, up to 1/(1 - mu) times, so at equal rho its c is smaller by as much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,7 +54,7 @@ class Method:
     """A row of the table above."""
 
     name: str
-    kind: str  #: "sgd", "nesterov", "sam" or "s2sam"
+    kind: str  #: "sgd", "nesterov", "sam", "s2sam", or "echo" and "noise", the presets of S2SAM
     direction: str = "gradient"
     sign: int = 1
 
@@ -60,6 +70,8 @@ METHODS = (
     Method("S2-SAM +ema", "s2sam", "ema"),
     Method("S2-SAM -ema", "s2sam", "ema", -1),
     Method("S2-SAM random", "s2sam", "random"),  # noise has no sign
+    Method("S2-SAM echo", "echo"),
+    Method("S2-SAM noise", "noise", "random"),
 )
 
 
@@ -88,13 +100,16 @@ class Setting:
 def polynomials(method: Method, curvatures: Array, setting: Setting) -> Array:
     """Coefficients of the characteristic polynomial, highest power first: one row of 4 for each curvature.
 
-    Polynomials of degree 2 are given a third root at 0.
+    Polynomials of degree 2 are given a third root at 0. That of echo is in Z = z^2, for two steps.
 
     >>> polynomials(Method("SGD", "sgd"), np.array([10.0]), Setting()).round(3).tolist()
     [[1.0, -0.9, 0.9, 0.0]]
     """
     h, one = np.asarray(curvatures, dtype=np.float64), np.ones(len(curvatures))
     s, c, b = method.sign, setting.c, setting.beta
+    if method.kind == "echo":
+        a, k, mu = 1 + setting.momentum - setting.lr * h, setting.lr * c * h**2, setting.momentum
+        return np.stack([one, -(a**2 - 2 * mu - k), mu * (mu + k), 0 * h], axis=1)
     if method.kind == "sgd" or method.direction == "random":
         p, q = (one, 0 * h), (one, 0 * h)  # both times z
     elif method.kind == "sam":
@@ -126,17 +141,48 @@ def root_radius(method: Method, curvatures: Array, setting: Setting) -> Array:
     companion[:, 0] = -coefficients[:, 1:] / coefficients[:, :1]
     companion[:, 1, 0] = companion[:, 2, 1] = 1
     radius: Array = np.abs(np.linalg.eigvals(companion)).max(axis=1)
-    return radius
+    return radius ** (1 / period(method))
+
+
+def period(method: Method) -> int:
+    """Steps after which a method's recursion repeats: 2 for echo, 1 for all others."""
+    return 2 if method.kind == "echo" else 1
 
 
 def critical_curvature(method: Method, setting: Setting) -> float:
     """The lowest curvature at which the method is unstable; inf if there is none below 100/eta and 100/c.
 
+    That of echo comes from its three conditions, since between two of them it may be unstable in a narrow band only.
+
     Example:
         >>> {m.name: round(critical_curvature(m, Setting()), 2) for m in METHODS[:5]}
         {'SGD': 38.0, 'Nesterov': 13.57, 'SAM': 19.33, 'S2-SAM +gradient': 3.85, 'S2-SAM -gradient': 13.1}
     """
+    if method.kind == "echo":
+        return echo_limit(setting)
     return first_unstable(lambda h: root_radius(method, h, setting) > 1 + 1e-9, setting, points=400)
+
+
+def echo_limit(setting: Setting) -> float:
+    r"""The lowest curvature that breaks one of the three conditions of echo's stability; inf if none does.
+
+    .. math::
+        h^2 = \frac{1 - \mu^2}{\mu \eta c}, \qquad h = \frac{2 (1 + \mu)}{\eta - (1 + \mu) c}, \qquad
+        \eta (\eta - (1 - \mu) c) h^2 - 2 (1 + \mu) \eta h + 2 (1 + \mu^2) = 0
+
+    Example:
+        >>> round(echo_limit(Setting()), 3), round(echo_limit(Setting(c=0.0)), 3)
+        (6.498, 38.0)
+    """
+    eta, mu, c = setting.lr, setting.momentum, setting.c
+    limits = [math.sqrt((1 - mu * mu) / (mu * eta * c))] if mu * c > 0 else []
+    if eta > (1 + mu) * c:
+        limits.append(2 * (1 + mu) / (eta - (1 + mu) * c))
+    bend, half, level = eta * (eta - (1 - mu) * c), (1 + mu) * eta, 2 * (1 + mu * mu)
+    inside = half * half - bend * level
+    if c > 0 and inside > 1e-12 * half * half:  # else it never breaks, or is touched at one point only
+        limits.append(level / (half + math.sqrt(inside)))  # the smaller root above 0, also where bend is not
+    return min(limits, default=math.inf)
 
 
 def first_unstable(

@@ -17,7 +17,9 @@ from s2sam.analysis.stability import (
     Setting,
     critical_curvature,
     first_unstable,
+    period,
     polynomials,
+    root_radius,
 )
 from s2sam.sam.single_step import S2SAM
 from s2sam.sam.two_step import SAM
@@ -49,6 +51,11 @@ def check_measurable(setting: Setting, methods: Sequence[Method] = METHODS) -> i
         raise ValueError("the stability boundary is measured for momentum and beta of at most 0.99; choose a lower one")
     steps = {method.name: steps_needed(method, setting) for method in methods}
     slowest = max(steps, key=lambda name: steps[name])
+    if math.isinf(steps[slowest]):
+        raise ValueError(
+            f"{slowest} is unstable in a band of curvatures that is too narrow to be found by training; choose another "
+            "c or momentum"
+        )
     if steps[slowest] > MOST:
         raise ValueError(
             f"near the boundary of {slowest} deviations change so slowly that {steps[slowest]:,.0f} steps would be "
@@ -62,7 +69,8 @@ def steps_needed(method: Method, setting: Setting) -> float:
 
     At 0.5 % above the critical curvature one root z (with its conjugate) is the largest; |z^t| as seen in whole steps
     repeats after pi / (distance of its angle from 0 and pi). Another root r hides what grows until it has died out,
-    6 / (1 - |r|) steps, or until that has grown by e^20.
+    6 / (1 - |r|) steps, or until that has grown by e^20. Roots of echo are those of pairs of steps. inf where the
+    method is stable again within 20 % above its critical curvature: the grid of a measurement could step over that.
 
     >>> slow = Setting(lr=0.001, momentum=0.99, c=1.0)
     >>> steps_needed(METHODS[0], Setting()), round(steps_needed(METHODS[5], slow), -3)
@@ -71,6 +79,8 @@ def steps_needed(method: Method, setting: Setting) -> float:
     h = critical_curvature(method, setting)
     if not math.isfinite(h):
         return float(STEPS)
+    if (root_radius(method, np.linspace(1.005, 1.2, 40) * h, setting) <= 1).any():
+        return math.inf
     roots = np.roots(polynomials(method, np.array([1.005 * h]), setting)[0])
     sizes, angles = np.abs(roots), np.abs(np.angle(roots))
     critical = int(sizes.argmax())
@@ -79,7 +89,7 @@ def steps_needed(method: Method, setting: Setting) -> float:
     others = np.abs(sizes - sizes[critical]) > 1e-9
     slowest = float(sizes[others].max(initial=0.0))
     hidden = min(6 / max(1 - slowest, 1e-12), 20 / max(sizes[critical] - 1, 1e-12))
-    return float(max(STEPS, 18 * beat, hidden))
+    return float(max(STEPS, period(method) * max(18 * beat, hidden)))
 
 
 def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 900) -> NDArray[np.bool_]:
@@ -87,7 +97,8 @@ def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 9
 
     All start at 1. A weight grows if it comes to 1e6, where it is stopped by setting its h to 0, or if its largest
     size in the last third of the steps is above that in the second third. c is held fixed: S2SAM has scale "step",
-    e = c d, and SAM's rho is set to c ||g|| in every step. A random direction never lets the weights rest; so there are
+    e = c d, and SAM's rho is set to c ||g|| in every step. The gradient is that of the whole problem, so that any two
+    steps in a row are echo's two visits of one batch. A random direction never lets the weights rest; so there are
     two runs with the same draws, from 1 and from 2, and what grows is their difference.
 
     Example:
@@ -119,11 +130,18 @@ def grows(method: Method, curvatures: Array, setting: Setting, *, steps: int = 9
 def real_optimizer(
     method: Method, w: torch.nn.Parameter, setting: Setting, *, rho: float, scale: str = "norm", decay: float = 0.0
 ) -> tuple[torch.optim.SGD, S2SAM | None]:
-    """torch's SGD with the method attached; the S2SAM if it is one, whose `scale` it is. Draws are always the same."""
+    """torch's SGD with the method attached; the S2SAM if it is one, whose `scale` it is (noise has its own: rms).
+
+    Draws are always the same.
+    """
     nesterov = method.kind == "nesterov" and setting.momentum > 0
     optimizer = torch.optim.SGD([w], setting.lr, setting.momentum, weight_decay=decay, nesterov=nesterov)
     if method.kind == "sam":
         SAM(optimizer, rho=rho)
+    if method.kind == "echo":
+        return optimizer, S2SAM.echo(optimizer, rho=rho, scale=scale)
+    if method.kind == "noise":
+        return optimizer, S2SAM.noise(optimizer, rho=rho, generator=torch.Generator().manual_seed(0))
     if method.kind != "s2sam":
         return optimizer, None
     return optimizer, S2SAM(

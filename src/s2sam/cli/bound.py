@@ -14,7 +14,8 @@ from s2sam.cli.arguments import Parser
 HELP = "check the convergence theorem where constants are known, or evaluate its terms for finished runs"
 CLOSING = """\
 The corollary holds for any displacement that is fixed before its batch is drawn, and is smallest at rho = 0: a
-certificate that S2-SAM does no harm beyond its third term, not a proof that it gains anything."""
+certificate that S2-SAM does no harm beyond its third term, not a proof that it gains anything. It is not proved for
+two-step SAM and echo, whose direction is that of the same batch; echo's pairs of steps have a bound of their own."""
 OUT = "runs/bound"
 #: options that belong to one of the two uses, with their defaults
 SUITE = {"lr": 0.1, "momentum": 0.9, "c": 0.05}
@@ -56,7 +57,7 @@ def _parser() -> Parser:
 
     parser = Parser(prog="s2sam bound", description=HELP, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder that `s2sam train` has finished")
-    parser.add_argument("--suite", action="store_true", help="run all verification experiments (under a minute)")
+    parser.add_argument("--suite", action="store_true", help="run all verification experiments (about a minute)")
     parser.add_argument(
         "--out", type=Path, default=Path(OUT), metavar="FOLDER", help="of JSON and plots (default: %(default)s)"
     )

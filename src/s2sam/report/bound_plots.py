@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 INK, MUTED, BAD = PALETTE[0][0], "#8a93a0", PALETTE[2][0]
 #: a colour per method, the same in all plots
-COLOURS = {"SGD": PALETTE[0][0], "SAM": PALETTE[3][0], "+": PALETTE[2][0], "-": PALETTE[1][0], "": PALETTE[4][0]}
+COLOURS = {
+    "SGD": PALETTE[0][0], "SAM": PALETTE[3][0], "S2-SAM echo": PALETTE[5][0], "+": PALETTE[2][0], "-": PALETTE[1][0],
+    "": PALETTE[4][0],
+}  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,

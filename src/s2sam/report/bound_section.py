@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from s2sam.analysis.bound_words import ALL, BESIDE, unsided
+from s2sam.analysis.bound_words import ALL, BESIDE, biased, unsided
 from s2sam.outside import COUNT, NUMBER, OPTIONAL, Number
 from s2sam.report.arm_bars import number
 from s2sam.report.arms import Arm
@@ -76,6 +76,12 @@ def _words(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"In {old} of {n} runs mu was taken over all masks together, so where masks moved it is on no side, and "
             "the last two right sides may be too large: measure them again with `s2sam bound`."
+        )
+    same = sum(map(biased, results))
+    if same:
+        lines.append(
+            f"In {same} of {n} runs (two-step SAM, echo) a batch's gradient is taken at a place that the batch itself "
+            "has chosen, so it is biased and none of these bounds is proved."
         )
     broken = sum(r["step_condition"] > 1 for r in results)
     if broken:

@@ -39,7 +39,7 @@ from s2sam.sam.sharded import address, any_rank, check_sharding, has_shards, pla
 from s2sam.sam.slot import Slot
 from s2sam.sam.stats import Stats
 
-ECHO_SCALE, ECHO_RHO = "relative", 0.04  #: see S2SAM.echo
+ECHO_SCALE, ECHO_RHO = "filter", 0.04  #: see S2SAM.echo
 
 
 class S2SAM:
@@ -240,6 +240,7 @@ class S2SAM:
         if callable(rho):
             raise ValueError("S2SAM.echo has a schedule of its own; give rho as a number")
         made = cls(optimizer, model=model, rho=every_second(rho, period), scale=scale, **options)
+        made._stats.in_second_visits()
         for o in made.optimizers:
             step_hooks(o).visits = 2
         return made
@@ -432,6 +433,10 @@ class S2SAM:
         far), decay_share.
         """
         return self._stats.read(self.step)
+
+    def measures(self, step: int) -> bool:
+        """Whether `stats` are of the step after `step` finished ones: every `stats_every`-th, with echo a second visit."""
+        return self._stats.due(step)
 
     @property
     def step(self) -> int:

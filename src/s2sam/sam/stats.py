@@ -22,7 +22,7 @@ class Stats:
     """Last measured numbers, kept as device tensors until they are read."""
 
     def __init__(self, every: int) -> None:
-        self.every = every
+        self.every, self.first = every, 0  #: steps between measured ones, and the first of them
         self._values: dict[str, Tensor | float] = {}
         self._skipped = 0
         self._skipped_on_device: Tensor | None = None
@@ -30,7 +30,12 @@ class Stats:
 
     def due(self, step: int) -> bool:
         """True if this step is measured."""
-        return self.every > 0 and step % self.every == 0
+        return self.every > 0 and step % self.every == self.first
+
+    def in_second_visits(self) -> None:
+        """Of every batch that comes twice measure the second visit only: the first one is not displaced (echo)."""
+        if self.every:
+            self.every, self.first = self.every + self.every % 2, 1
 
     def count_skips(self, found: int | Tensor) -> None:
         """Add a skipped step, or a device flag that says whether it was one."""

@@ -19,7 +19,7 @@ SHARPNESS = ("none", "s2sam", "echo", "sam")
 DIRECTIONS = ("gradient", "momentum", "ema", "random")
 SCALES = ("auto", "norm", "step", "relative", "filter", "asam", "rms")
 SAM_SCALES = ("norm", "relative", "asam", "filter", "rms")
-ECHO_SCALE = "relative"  #: what "auto" means for sharpness echo; for the others it is "norm"
+ECHO_SCALE = "filter"  #: what "auto" means for sharpness echo; for the others it is "norm"
 SCOPES = ("all", "weights", "norm")
 RHO_SCHEDULES = ("constant", "late", "rising", "lr")
 OPTIMIZERS = ("sgd", "adamw")
@@ -39,7 +39,7 @@ class SamConfig:
         direction: gradient (the paper), momentum, ema (a mean of the gradients) or random (a control); s2sam only.
         sign: 1 (the paper) or -1 (the lookahead side); s2sam only.
         scale: norm (|e| = rho), relative (|e| = rho |w|), asam, filter (|e| = rho |w| for each filter), rms (rho is the
-            root mean square of e over active weights), or step (e = rho lr d; not for sam); auto is relative for echo,
+            root mean square of e over active weights), or step (e = rho lr d; not for sam); auto is filter for echo,
             norm for the others.
         scope: all, weights (tensors with at least 2 dims) or norm (normalisation layers); s2sam only.
         ema_beta: decay of the mean of direction ema.

@@ -187,7 +187,8 @@ class Trainer:
         if state.skipped is not None:
             state.skipped.count(in_row=not state.first_visit)
             check_skips(state)
-        if every and state.step % every == 0:
+        sam = state.sharpness
+        if sam.measures(state.step) if isinstance(sam, S2SAM) else every and state.step % every == 0:
             self.log.scalars(self.step_record(float(loss)))
         state.advance()
         self.log_topology()
