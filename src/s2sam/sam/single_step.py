@@ -435,7 +435,7 @@ class S2SAM:
         return self._stats.read(self.step)
 
     def measures(self, step: int) -> bool:
-        """Whether `stats` are of the step after `step` finished ones: every `stats_every`-th, with echo a second visit."""
+        """Whether the step after `step` finished ones is measured: every `stats_every`-th, with echo a second visit."""
         return self._stats.due(step)
 
     @property
