@@ -1,0 +1,199 @@
+"""The plan of the control study: cells, arms, trials, and the table of its runs. settings.yaml holds the numbers."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from batched import Arm, Cell
+
+HERE = Path(__file__).resolve().parent
+FIELDS = (
+    "stage", "cell", "arm", "lr", "weight_decay", "rho", "seed", "epochs", "val", "test", "train", "seconds",
+    "environment",
+)  # fmt: skip
+BASELINES = ("sgd", "nesterov")
+TIMED = "sam, echo's time"  #: SAM for as long as echo takes, on fresh seeds only
+Point = tuple[float, float, float]  #: learning rate, weight decay, radius
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What settings.yaml says, of the whole study or of the smoke run."""
+
+    settings: Mapping[str, Any]
+    table: Path  #: of the runs
+
+    @classmethod
+    def read(cls, *, smoke: bool = False) -> Plan:
+        """The settings; a smoke run has a table of its own, which git ignores."""
+        settings = yaml.safe_load((HERE / "settings.yaml").read_text(encoding="utf-8"))
+        changes = settings.pop("smoke")
+        if smoke:
+            settings |= {key: settings[key] | value for key, value in changes.items()}
+        return cls(settings, HERE / ("smoke" if smoke else ".") / "runs.csv")
+
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        """Name -> cell, such as "40-bn-static95": wrong labels in %, network, masks."""
+        found, common = self.settings["cells"], self.settings["training"]
+        return {
+            f"{100 * noise:.0f}-{network}-{name}": Cell(
+                noise=noise, norm=network == "bn", method=method, sparsity=sparsity, split_seed=None, **common
+            )
+            for noise, network, (name, (method, sparsity)) in product(
+                found["noise"], found["networks"], found["masks"].items()
+            )
+        }
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Name -> arm."""
+        return {name: Arm(**options) for name, options in self.settings["arms"].items()}
+
+    def chosen_cells(self, patterns: Sequence[str]) -> list[str]:
+        """The cells whose names match one of the patterns.
+
+        Raises:
+            ValueError: a pattern matches none.
+        """
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in self.cells):
+                raise ValueError(f"no cell is called {pattern!r}; they are {', '.join(self.cells)}")
+        return [name for name in self.cells if any(fnmatch(name, pattern) for pattern in patterns)]
+
+    @property
+    def screen(self) -> list[int]:
+        """The seeds of every trial."""
+        return list(self.settings["seeds"]["screen"])
+
+    @property
+    def tuning(self) -> list[int]:
+        """The seeds of the finalists."""
+        return self.screen + list(self.settings["seeds"]["finals"])
+
+    @property
+    def fresh(self) -> list[int]:
+        """The seeds of the confirmation."""
+        first, last = self.settings["seeds"]["fresh"]
+        return list(range(first, last + 1))
+
+    # -- the trials of an arm -----------------------------------------------------------------------------------------
+
+    def axes(self, arm: str) -> tuple[list[float], list[float], list[float]]:
+        """The values that each coordinate of a trial can have."""
+        lr, decay, rho = (one["values"] for one in self._lattice(arm))
+        return lr, decay, rho
+
+    def _lattice(self, arm: str) -> tuple[Mapping[str, list[float]], ...]:
+        found, made = self.settings["lattice"], self.arms[arm]
+        rho = found["rho"][made.scale] if made.displace else {"values": [0.0], "start": [0.0]}
+        return found["lr"], found["weight_decay"], rho
+
+    def start(self, arm: str) -> list[Point]:
+        """The first trials."""
+        return list(product(*(one["start"] for one in self._lattice(arm))))
+
+    def neighbours(self, arm: str, point: Point) -> list[Point]:
+        """The points of the lattice one step away, those of the radius first, then weight decay, then learning rate."""
+        found = []
+        for i in (2, 1, 0):
+            axis = self.axes(arm)[i]
+            at = axis.index(point[i])
+            for there in (at + 1, at - 1):
+                if 0 <= there < len(axis):
+                    found.append((*point[:i], axis[there], *point[i + 1 :]))
+        return found
+
+    def next_trials(
+        self, arm: str, tried: Mapping[Point, float], count: int, first: Point | None = None
+    ) -> list[Point]:
+        """Up to `count` untried neighbours: of `first`, if given, then of the best trial, of the second best, ..."""
+        ranked = sorted(tried, key=lambda point: (-tried[point], point))
+        found: list[Point] = []
+        for point in ([first] if first else []) + ranked:
+            found += [p for p in self.neighbours(arm, point) if p not in tried and p not in found]
+            if len(found) >= count:
+                break
+        return found[:count]
+
+    def on_edge(self, arm: str, tried: Iterable[Point], choice: Point) -> list[Point]:
+        """Neighbours of the choice that have not been tried."""
+        known = set(tried)
+        return [point for point in self.neighbours(arm, choice) if point not in known]
+
+    # -- the table -----------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        """All runs so far."""
+        return read_table(self.table)
+
+    def tried(self, cell: str, arm: str, rows: Iterable[Row] | None = None) -> dict[Point, dict[int, float]]:
+        """Trial -> seed -> validation accuracy, of the tuning of an arm."""
+        found: dict[Point, dict[int, float]] = {}
+        for row in self.rows() if rows is None else rows:
+            if (row["stage"], row["cell"], row["arm"]) == ("tune", cell, arm):
+                found.setdefault((row["lr"], row["weight_decay"], row["rho"]), {})[row["seed"]] = row["val"]
+        return found
+
+    def screened(self, tried: Mapping[Point, Mapping[int, float]]) -> dict[Point, float]:
+        """Mean validation accuracy over the seeds that every trial has."""
+        return {p: fmean(v[s] for s in self.screen) for p, v in tried.items() if set(self.screen) <= set(v)}
+
+    def choice(self, tried: Mapping[Point, Mapping[int, float]]) -> Point | None:
+        """The trial with the best mean over all tuning seeds; None before there is one that has them all."""
+        whole = {p: fmean(v[s] for s in self.tuning) for p, v in tried.items() if set(self.tuning) <= set(v)}
+        return max(whole, key=lambda p: (whole[p], [-x for x in p])) if whole else None
+
+    def untuned(self, cell: str, rows: Sequence[Row]) -> list[str]:
+        """What is missing in the tuning of a cell, a sentence for each arm."""
+        found, trials = [], {arm: self.tried(cell, arm, rows) for arm in self.arms}
+        wanted = max(self.settings["trials"]["number"], *(len(self.screened(t)) for t in trials.values()))
+        rounds = (wanted - self.settings["trials"]["number"]) // self.settings["trials"]["extension"]
+        for arm, tried in trials.items():
+            done, choice = self.screened(tried), self.choice(tried)
+            finalists = sum(set(self.tuning) <= set(v) for v in tried.values())
+            if len(done) < wanted or choice is None or finalists < self.settings["trials"]["finalists"]:
+                found.append(f"{arm} has {len(done)} of {wanted} trials and {finalists} finalists")
+            elif self.on_edge(arm, tried, choice) and rounds < self.settings["trials"]["extensions"]:
+                found.append(f"{arm} chose a trial with untried neighbours")
+        return found
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table of runs, numbers as numbers."""
+    if not path.exists():
+        return []
+    text = {"stage", "cell", "arm", "environment"}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[Row] = [
+            {k: v if k in text else float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
+        ]
+    for row in rows:
+        row["seed"] = int(row["seed"])
+    return rows
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] = FIELDS) -> None:
+    """Add rows to a table in one write, one process at a time."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a+", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fields, restval="", lineterminator="\n")
+        if file.seek(0, io.SEEK_END) == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+        file.write(text.getvalue())

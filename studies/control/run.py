@@ -1,0 +1,252 @@
+"""The control study: where does a sharpness method gain, and does echo gain there? protocol.md says what is done.
+
+    python studies/control/run.py tune   [--cells "40-bn-*" ...] [--threads 2] [--smoke]   # tuning seeds, validation
+    python studies/control/run.py fresh  [--cells ...] [--threads 2] [--smoke]             # fresh seeds, test images
+    python studies/control/run.py report [--smoke]                                         # runs.csv -> report.md
+
+It can be stopped and started again: a run that stands in runs.csv is not run a second time. `--threads N` works on N
+cells at once, each with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from batched import VAL_FRACTION, Cell, Run, accuracies, train
+from plan import HERE, TIMED, Plan, Point, append, read_table
+from s2sam import __version__
+from s2sam.train.config import DataConfig, OptimConfig, SamConfig, SparseConfig, TrainConfig
+from s2sam.train.state import build
+from s2sam.train.step import train_step
+
+TIME_FIELDS = ("stage", "cell", "arm", "seed", "seconds", "environment")
+STEPS_TIMED, REPEATS = 100, 5
+
+
+@cache
+def environment(table: Path) -> str:
+    """A short name of this machine, these versions and this commit; environments.jsonl beside the table tells them."""
+    git = ["git", "-C", str(HERE)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", ".", "../../src"], capture_output=True, text=True, check=True
+    ).stdout
+    dirty = sorted(line[3:] for line in changed.splitlines() if line.endswith((".py", ".yaml")))
+    found = {
+        "commit": commit, "changed": dirty, "s2sam": __version__, "torch": torch.__version__,
+        "python": platform.python_version(), "machine": platform.machine(), "processor": processor(),
+    }  # fmt: skip
+    text = json.dumps(found, sort_keys=True)
+    name, path = hashlib.sha256(text.encode()).hexdigest()[:8], table.with_name("environments.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    line = json.dumps({"environment": name} | found)
+    if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    return name
+
+
+def processor() -> str:
+    """What the system calls its processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def execute(
+    plan: Plan, stage: str, cell: str, arm: str, wanted: Sequence[tuple[Point, int]], epochs: int | None = None
+) -> None:
+    """Train what the table does not hold yet, as one batch; every trial counts as what it is, a collapse too."""
+    done = {
+        (r["lr"], r["weight_decay"], r["rho"], r["seed"])
+        for r in plan.rows()
+        if (r["stage"], r["cell"], r["arm"]) == (stage, cell, arm)
+    }
+    todo = [(point, seed) for point, seed in wanted if (*point, seed) not in done]
+    if not todo:
+        return
+    where, made = plan.cells[cell], plan.arms["sam" if arm == TIMED else arm]
+    where = where if epochs is None else replace(where, epochs=epochs)
+    runs = [Run(seed, *point) for point, seed in todo]
+    began = time.process_time()
+    found = accuracies(where, train(where, made, runs), runs)
+    seconds = (time.process_time() - began) / len(runs)
+    common = {
+        "stage": stage, "cell": cell, "arm": arm, "epochs": where.epochs, "seconds": round(seconds, 3),
+        "environment": environment(plan.table),
+    }  # fmt: skip
+    append(
+        plan.table,
+        [
+            common
+            | {"lr": run.lr, "weight_decay": run.weight_decay, "rho": run.rho, "seed": run.seed}
+            | {"val": round(at["val"], 6), "train": round(at["train"], 6)}
+            | ({"test": round(at["test"], 6)} if stage == "fresh" else {})  # nothing is chosen by test images
+            for run, at in zip(runs, found, strict=True)
+        ],
+    )
+
+
+def tune(plan: Plan, cell: str) -> None:
+    """All arms of a cell, with the same number of trials; more for all of them while a choice is on an edge."""
+    sizes = plan.settings["trials"]
+    for extension in range(sizes["extensions"] + 1):
+        for arm in plan.arms:
+            tune_arm(plan, cell, arm, sizes["number"] + extension * sizes["extension"])
+        rows = plan.rows()
+        if not plan.untuned(cell, rows):
+            return
+
+
+def tune_arm(plan: Plan, cell: str, arm: str, number: int) -> None:
+    """The first trials, then neighbours of the best ones until there are `number`; the best go on to all seeds."""
+    sizes = plan.settings["trials"]
+
+    def screen(points: Sequence[Point]) -> None:
+        for at in range(0, len(points), sizes["at_once"]):
+            part = points[at : at + sizes["at_once"]]
+            execute(plan, "tune", cell, arm, [(point, seed) for point in part for seed in plan.screen])
+
+    if not number >= len(plan.start(arm)):
+        raise ValueError(f"{arm} begins with {len(plan.start(arm))} trials, and trials.number is only {number}")
+    screen(plan.start(arm))
+    while len(tried := plan.tried(cell, arm)) < number:
+        count = min(sizes["at_once"], number - len(tried))
+        points = plan.next_trials(arm, plan.screened(tried), count, plan.choice(tried))
+        if not points:
+            raise ValueError(f"the lattice of {arm} has fewer than {number} points; give it more values")
+        screen(points)
+    scores = plan.screened(plan.tried(cell, arm))
+    best = sorted(scores, key=lambda point: (-scores[point], point))[: sizes["finalists"]]
+    finals = [seed for seed in plan.tuning if seed not in plan.screen]
+    execute(plan, "tune", cell, arm, [(point, seed) for point in best for seed in finals])
+
+
+def fresh(plan: Plan, cell: str) -> None:
+    """All arms of a cell at their choices, on the fresh seeds; and SAM for as long as echo takes.
+
+    Raises:
+        ValueError: the tuning of the cell is not complete.
+    """
+    rows = plan.rows()
+    if missing := plan.untuned(cell, rows):
+        raise ValueError(f"the tuning of {cell} is not complete ({'; '.join(missing)}); run `run.py tune` first")
+    for arm in plan.arms:
+        execute(plan, "fresh", cell, arm, [(chosen(plan, cell, arm), seed) for seed in plan.fresh])
+    times = read_table(plan.table.with_name("times.csv"))
+    of = {arm: median(r["seconds"] for r in times if r["cell"] == cell and r["arm"] == arm) for arm in ("sam", "echo")}
+    epochs = max(1, round(plan.cells[cell].epochs * of["echo"] / of["sam"]))
+    execute(plan, "fresh", cell, TIMED, [(chosen(plan, cell, "sam"), seed) for seed in plan.fresh], epochs)
+
+
+def chosen(plan: Plan, cell: str, arm: str) -> Point:
+    """The choice of an arm that is tuned."""
+    choice = plan.choice(plan.tried(cell, arm))
+    assert choice is not None
+    return choice
+
+
+def measure_times(plan: Plan, cell: str) -> None:
+    """Seconds a gradient in the library's own loop, SGD, SAM and echo in turns: in times.csv, once for each cell."""
+    path = plan.table.with_name("times.csv")
+    if any(row["cell"] == cell for row in read_table(path)):
+        return
+    states = {arm: build(library_config(plan.cells[cell], sharpness)) for arm, sharpness in LIBRARY.items()}
+    batches = {arm: iter_forever(state) for arm, state in states.items()}
+    rows = []
+    for repeat in range(-1, REPEATS):  # the first round warms up
+        for arm, state in states.items():
+            gradients = 2 if arm == "sam" else 1
+            began = time.process_time()
+            for _ in range(STEPS_TIMED // gradients):
+                x, y = next(batches[arm])
+                train_step(state, x, y)
+            seconds = (time.process_time() - began) / STEPS_TIMED
+            if repeat >= 0:
+                common = {"stage": "time", "cell": cell, "environment": environment(plan.table)}
+                rows.append(common | {"arm": arm, "seed": repeat, "seconds": round(seconds, 7)})
+    append(path, rows, TIME_FIELDS)
+
+
+LIBRARY = {"sgd": "none", "sam": "sam", "echo": "echo"}
+
+
+def iter_forever(state):  # type: ignore[no-untyped-def]
+    """Batches of a run, epoch after epoch."""
+    state.model.train()
+    while True:
+        yield from state.batches
+
+
+def library_config(cell: Cell, sharpness: str) -> TrainConfig:
+    """A run of the library in this cell, with a small radius."""
+    return TrainConfig(
+        method=cell.method, sparsity=cell.sparsity, sharpness=sharpness, rho=0.01, batch_size=cell.batch_size,
+        epochs=cell.epochs, lr=0.01, device="cpu", model_options={"width": cell.width, "norm": cell.norm},
+        optim=OptimConfig(weight_decay=5e-4), sam=SamConfig(scale="filter", stats_every=0),
+        sparse=SparseConfig(options={"delta_t": cell.delta_t}),
+        data_options=DataConfig(
+            train_size=cell.images, val_fraction=VAL_FRACTION, label_noise=cell.noise, augment="none"
+        ),
+    )  # fmt: skip
+
+
+def work(command: str, smoke: bool, cell: str) -> str:
+    """One cell, in a process of its own."""
+    torch.set_num_threads(1)
+    plan = Plan.read(smoke=smoke)
+    if command == "tune":
+        tune(plan, cell)
+    else:
+        fresh(plan, cell)
+    return cell
+
+
+def main() -> None:
+    """One command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tune", "fresh", "report"))
+    parser.add_argument("--cells", nargs="+", default=["*"], metavar="NAME", help="names of cells, or patterns of them")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="a few small runs, in the folder smoke; no findings")
+    options = parser.parse_args()
+    plan = Plan.read(smoke=options.smoke)
+    if options.command == "report":
+        from analyse import report
+
+        print(report(plan))
+        return
+    try:
+        cells = plan.chosen_cells(options.cells)
+        if options.command == "fresh":
+            torch.set_num_threads(1)
+            rows = plan.rows()
+            for cell in cells:
+                if missing := plan.untuned(cell, rows):
+                    raise ValueError(f"the tuning of {cell} is not complete ({'; '.join(missing)}); tune it first")
+            for cell in cells:  # alone, before several processes disturb one another
+                measure_times(plan, cell)
+        with ProcessPoolExecutor(options.threads, mp_context=get_context("spawn")) as pool:
+            count, smoke = len(cells), [options.smoke] * len(cells)
+            for i, cell in enumerate(pool.map(work, [options.command] * count, smoke, cells), 1):
+                print(f"{i} of {count}: {cell}", flush=True)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
