@@ -134,6 +134,18 @@ class Plan:
         known = set(tried)
         return [point for point in self.neighbours(arm, choice) if point not in known]
 
+    def at_end(self, arm: str, choice: Point) -> list[str]:
+        """The coordinates in which the choice is at an end of the lattice where better ones may lie beyond.
+
+        The smallest weight decay and radius are as good as none, so nothing lies beyond them.
+        """
+        names = ("lr", "weight_decay", "rho")
+        found = []
+        for name, axis, value in zip(names, self.axes(arm), choice, strict=True):
+            if len(axis) > 1 and (value == axis[-1] or (name == "lr" and value == axis[0])):
+                found.append(f"{name} {value:g}")
+        return found
+
     # -- the table -----------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
@@ -169,6 +181,18 @@ class Plan:
                 found.append(f"{arm} has {len(done)} of {wanted} trials and {finalists} finalists")
             elif self.on_edge(arm, tried, choice) and rounds < self.settings["trials"]["extensions"]:
                 found.append(f"{arm} chose a trial with untried neighbours")
+        return found
+
+    def refusals(self, cell: str, rows: Sequence[Row]) -> list[str]:
+        """Why a cell cannot go on to the fresh seeds; nothing if it can."""
+        found = self.untuned(cell, rows)
+        for arm in self.arms if self.settings["trials"]["ends"] and not found else ():
+            choice = self.choice(self.tried(cell, arm, rows))
+            assert choice is not None
+            found += [
+                f"{arm} chose {end}, an end of its lattice: give it more values in settings.yaml, say so in protocol.md"
+                for end in self.at_end(arm, choice)
+            ]
         return found
 
 

@@ -143,7 +143,7 @@ def fresh(plan: Plan, cell: str) -> None:
         ValueError: the tuning of the cell is not complete.
     """
     rows = plan.rows()
-    if missing := plan.untuned(cell, rows):
+    if missing := plan.refusals(cell, rows):
         raise ValueError(f"the tuning of {cell} is not complete ({'; '.join(missing)}); run `run.py tune` first")
     for arm in plan.arms:
         execute(plan, "fresh", cell, arm, [(chosen(plan, cell, arm), seed) for seed in plan.fresh])
@@ -236,7 +236,7 @@ def main() -> None:
             torch.set_num_threads(1)
             rows = plan.rows()
             for cell in cells:
-                if missing := plan.untuned(cell, rows):
+                if missing := plan.refusals(cell, rows):
                     raise ValueError(f"the tuning of {cell} is not complete ({'; '.join(missing)}); tune it first")
             for cell in cells:  # alone, before several processes disturb one another
                 measure_times(plan, cell)

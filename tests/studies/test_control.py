@@ -2,17 +2,22 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import analyse
 import batched
+import plan
+import run as commands
 from s2sam import S2SAM, SAM, sparsify
 from s2sam.data import echo
 from s2sam.data.augment import normalise
 from s2sam.data.images import ImageData
 from s2sam.data.loader import Batches
+from s2sam.report.stats import Interval
 from s2sam.train.config import DataConfig, ScheduleConfig, SparseConfig, TrainConfig
 from s2sam.train.schedule import make_scheduler
 from s2sam.train.seeding import generator
@@ -170,3 +175,139 @@ def test_arms_differ_and_a_displacement_is_seen():
         if name != "sgd":
             run = batched.Run(0, 0.1, 5e-4, RHO[arm.scale])
             assert float((batched.train(cell, arm, [run], dtype=DOUBLE, steps=STEPS).w - plain).abs().max()) > 1e-4
+
+
+LATTICE = {
+    "lr": {"values": [0.01, 0.1, 1.0], "start": [0.1]},
+    "weight_decay": {"values": [1e-4, 1e-3, 1e-2], "start": [1e-3]},
+}
+
+MASKS = {"dense": ["dense", 0.0], "static90": ["static", 0.9]}
+
+
+@pytest.fixture
+def small_plan(tmp_path):
+    settings = {
+        "training": {"width": 0.125, "images": 60, "batch_size": 30, "epochs": 2, "delta_t": 2},
+        "cells": {"noise": [0.4], "networks": ["plain"], "masks": MASKS},
+        "seeds": {"screen": [0], "finals": [1], "fresh": [100, 101]},
+        "trials": {"number": 6, "at_once": 4, "finalists": 2, "extension": 1, "extensions": 1, "ends": False},
+        "lattice": LATTICE | {"rho": {"norm": {"values": [0.1, 0.2, 0.4, 0.8, 1.6], "start": [0.1, 0.4]}}},
+        "arms": {
+            "sgd": {}, "nesterov": {"nesterov": True}, "sam": {"displace": "sam"}, "+g": {"displace": "gradient"},
+            "echo": {"displace": "echo", "visits": 2},
+        },
+        "margin": 1.0,
+    }  # fmt: skip
+    return plan.Plan(settings, tmp_path / "runs.csv")
+
+
+def test_the_settings_of_the_study_give_every_arm_enough_points_and_no_seed_two_uses():
+    study = plan.Plan.read()
+    assert len(study.cells) == 30
+    assert not set(study.tuning) & set(study.fresh)
+    sizes = study.settings["trials"]
+    for arm in study.arms:
+        points = 1
+        for axis in study.axes(arm):
+            points *= len(axis)
+        assert points >= sizes["number"] + sizes["extensions"] * sizes["extension"]
+        assert len(set(study.start(arm))) == len(study.start(arm)) < sizes["number"]
+        for point in study.start(arm):
+            assert all(study.neighbours(arm, there) for there in study.neighbours(arm, point))
+
+
+def test_next_trials_are_untried_neighbours_of_the_best_and_then_of_the_second_best(small_plan):
+    first, second = (0.1, 1e-3, 0.1), (0.1, 1e-3, 0.4)
+    tried = {first: 0.5, second: 0.4}
+    around = [(0.1, 1e-3, 0.2), (0.1, 1e-2, 0.1), (0.1, 1e-4, 0.1), (1.0, 1e-3, 0.1), (0.01, 1e-3, 0.1)]
+    assert small_plan.next_trials("sam", tried, 4) == around[:4]
+    assert small_plan.next_trials("sam", tried, 6) == [*around, (0.1, 1e-3, 0.8)]
+    assert small_plan.next_trials("sam", tried, 1, first=second) == [(0.1, 1e-3, 0.8)]
+    assert small_plan.on_edge("sam", [first, *around], first) == []
+    assert small_plan.on_edge("sam", [first, *around[1:]], first) == around[:1]
+
+
+def test_a_choice_at_an_end_of_the_lattice_is_refused_but_for_no_decay_and_no_radius(small_plan):
+    assert small_plan.at_end("sam", (0.1, 1e-4, 0.1)) == []
+    assert small_plan.at_end("sam", (0.01, 1e-2, 1.6)) == ["lr 0.01", "weight_decay 0.01", "rho 1.6"]
+    assert small_plan.at_end("sgd", (1.0, 1e-3, 0.0)) == ["lr 1"]
+    rows = [row | {"lr": 0.01} for row in made_up(small_plan, {"40-plain-dense": {}}) if row["stage"] == "tune"]
+    small_plan.settings["trials"] |= {"number": 1, "finalists": 1, "extensions": 0, "ends": True}
+    assert small_plan.untuned("40-plain-dense", rows) == []
+    assert "sgd chose lr 0.01, an end of its lattice" in small_plan.refusals("40-plain-dense", rows)[0]
+
+
+def test_fresh_runs_wait_for_the_tuning_and_what_is_there_is_not_run_again(small_plan, monkeypatch):
+    cell = "40-plain-dense"
+    with pytest.raises(ValueError, match=r"tuning of 40-plain-dense is not complete \(sgd has 0 of 6 trials"):
+        commands.fresh(small_plan, cell)
+    assert not small_plan.table.exists()
+    commands.tune(small_plan, cell)
+    rows = small_plan.rows()
+    assert all(row["test"] is None for row in rows)
+    counts = {arm: len(small_plan.tried(cell, arm, rows)) for arm in small_plan.arms}
+    assert len(set(counts.values())) == 1
+    assert counts["sgd"] >= 6
+    commands.measure_times(small_plan, cell)
+    commands.fresh(small_plan, cell)
+    before = small_plan.table.read_bytes()
+    monkeypatch.setattr(commands, "train", None)  # calling it is an error
+    commands.tune(small_plan, cell)
+    commands.fresh(small_plan, cell)
+    assert small_plan.table.read_bytes() == before
+    text = analyse.report(small_plan)
+    assert "40-plain-static90 lacks fresh runs of sgd" in text
+    assert "not all its cells have run" in text
+    monkeypatch.setattr(commands, "train", batched.train)
+    commands.execute(
+        small_plan, "tune", cell, "sgd", [((1.0, 1e-4, 0.0), 0), ((1.0, 1e-3, 0.0), 0), ((1.0, 1e-2, 0.0), 0)]
+    )
+    commands.execute(small_plan, "tune", cell, "sgd", [((0.01, wd, 0.0), 0) for wd in (1e-4, 1e-3, 1e-2)])
+    with pytest.raises(ValueError, match="different numbers of trials"):
+        analyse.report(small_plan)
+
+
+def made_up(small_plan, gains, train=0.9):
+    """A table: arm a of cell c has 50 % + gains[c][a], and a point more in odd seeds; SGD validates best."""
+    rows = []
+    for cell, by_arm in gains.items():
+        for arm in (*small_plan.arms, plan.TIMED):
+            rho = 0.1 if arm not in plan.BASELINES else 0.0
+            common = {"cell": cell, "arm": arm, "lr": 0.1, "weight_decay": 1e-3, "rho": rho, "epochs": 2, "seconds": 1}
+            better = 0.6 if arm == "sgd" else 0.5
+            if arm != plan.TIMED:
+                rows += [common | {"stage": "tune", "seed": s, "val": better, "train": train} for s in (0, 1)]
+            for seed in small_plan.fresh:
+                own = 0.01 * (seed % 2) * (arm in by_arm)
+                test = 0.5 + by_arm.get(arm, 0.0) + own
+                rows.append(common | {"stage": "fresh", "seed": seed, "val": 0.5, "test": test, "train": train})
+    return [{"environment": "none"} | row for row in rows]
+
+
+def test_the_report_takes_paired_differences_and_applies_the_gate(small_plan):
+    small_plan.settings["seeds"]["fresh"] = [100, 123]
+    gains = {"40-plain-dense": {"sam": 0.1, "echo": 0.08}, "40-plain-static90": {"sam": 0.0, "echo": 0.02}}
+    rows = made_up(small_plan, gains)
+    found, missing = analyse.whole_cells(small_plan, rows)
+    assert missing == []
+    gate = {cell: analyse.Gate(small_plan, rows, cell, found[cell], 2) for cell in found}
+    assert [one.baseline for one in gate.values()] == ["sgd", "sgd"]
+    assert [one.passes for one in gate.values()] == [True, True]  # in the second by the point in every other seed
+    lines = {(line[0], line[1]): line[2:] for line in analyse.primaries(small_plan, found, gate)}
+    assert lines["1: echo minus the better baseline", "2"][0] == "+5.50"
+    assert lines["3: +g minus the better baseline", "2"][0] == "+0.00"
+    halvings = math.log2(10)
+    of_echo = lines["4: echo's gain per halving of the density, plain", ""]
+    assert of_echo[0] == f"{-6 / halvings:+.2f}"
+    # SGD has 65 % of the labels that it was trained on, and 60 % are right: that is no memorising
+    loose = analyse.whole_cells(small_plan, made_up(small_plan, gains, train=0.65))[0]["40-plain-dense"]
+    assert not analyse.Gate(small_plan, rows, "40-plain-dense", loose, 2).passes
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [(-0.9, 0.5, "not worse"), (0.1, 2.0, "and better"), (-1.5, 0.5, "cannot tell"), (-3.0, -1.1, "worse than SAM")],
+)
+def test_non_inferiority_is_read_from_the_interval(low, high, says):
+    assert says in analyse.non_inferior(Interval(low, high, 0.95), 1.0)

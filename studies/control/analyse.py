@@ -1,0 +1,295 @@
+"""runs.csv -> report.md: the gate, the primary contrasts and the tables that protocol.md names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+
+from plan import BASELINES, TIMED, Plan, Point, Row, read_table
+from s2sam.report.stats import Interval, t_interval
+
+LEVEL, PRIMARIES = 0.95, 7  #: four slopes and three means
+GATE_FIT = 0.10  #: by how much SGD must fit its noisy labels beyond the share of right ones
+GRAIN = 100 / 359  #: points of one test image
+BySeed = dict[int, float]
+Fresh = dict[str, dict[str, dict[int, Row]]]  #: cell -> arm -> seed -> row
+
+
+def report(plan: Plan) -> str:
+    """The whole report, which is also written to report.md beside the table.
+
+    Raises:
+        ValueError: there is no fresh run, or two arms of a cell have different numbers of trials.
+    """
+    rows = plan.rows()
+    found, missing = whole_cells(plan, rows)
+    check_trials(plan, rows, found)
+    if not found:
+        raise ValueError(f"no cell has all its fresh runs yet; missing: {'; '.join(missing)}")
+    gate = {cell: Gate(plan, rows, cell, found[cell], len(plan.cells)) for cell in found}
+    parts = [
+        "# Control study: results",
+        "Made from the table of runs alone by `python studies/control/run.py report`; protocol.md, written before the "
+        "first fresh seed, says what is compared and why. Differences are in points of test accuracy, paired by seed; "
+        f"n = {len(plan.fresh)} fresh seeds.",
+        *(["**Not whole**: " + "; ".join(missing) + "."] if missing else []),
+        environments(plan, rows),
+        "## The gate",
+        "A claim about an arm with one gradient is made only in a cell where two-step SAM beats the better tuned "
+        f"baseline (interval above 0, Bonferroni over {len(plan.cells)} cells) and SGD has fitted wrong labels "
+        "(accuracy on the labels that it was trained on, minus the share of right ones, at least 10 points).",
+        table(["cell", "better baseline", "SAM minus it", "SGD on its labels minus right ones", "gate"],
+              [one.line(cell) for cell, one in gate.items()]),
+        "## Primary contrasts",
+        f"Simultaneous 95 % intervals (Bonferroni over {PRIMARIES}). Contrasts 1 to 3: mean over the cells with wrong "
+        "labels that pass the gate; the line below each has all cells with wrong labels, whether they pass or not.",
+        table(["contrast", "cells", "estimate", "interval", "says"], primaries(plan, found, gate)),
+        "## Every cell",
+        "Mean test accuracy in %. The better baseline of a cell (by validation accuracy in the tuning) is in italics.",
+        accuracy_table(plan, found, gate),
+        f"Minus the better baseline, with intervals that hold together over {len(plan.cells)} cells for each arm:",
+        difference_table(plan, found, gate),
+        "## Equal time with SAM",
+        "SAM trained for as long as echo takes, by seconds a gradient in the library's own loop, in turns, one thread.",
+        time_table(plan, found),
+        "## Trials",
+        f"In every cell all {len(plan.arms)} arms have had the same number of trials (checked by the code that wrote "
+        "this). lr, weight decay, radius of each choice; * if a neighbour of it on the lattice was not tried.",
+        choice_table(plan, rows, found),
+    ]  # fmt: skip
+    text = "\n\n".join(parts) + "\n"
+    plan.table.with_name("report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def whole_cells(plan: Plan, rows: Sequence[Row]) -> tuple[Fresh, list[str]]:
+    """The cells whose arms have all their fresh runs, and what the others lack."""
+    every: Fresh = {}
+    for row in rows:
+        if row["stage"] == "fresh":
+            every.setdefault(row["cell"], {}).setdefault(row["arm"], {})[row["seed"]] = row
+    found, missing = {}, []
+    for cell in plan.cells:
+        lacks = [a for a in (*plan.arms, TIMED) if set(every.get(cell, {}).get(a, {})) != set(plan.fresh)]
+        if lacks:
+            missing.append(f"{cell} lacks fresh runs of {', '.join(lacks)}")
+        else:
+            found[cell] = every[cell]
+    return found, missing
+
+
+def check_trials(plan: Plan, rows: Sequence[Row], cells: Mapping[str, object]) -> None:
+    """Raise ValueError unless all arms of a cell have the same number of trials."""
+    for cell in cells:
+        counts = {arm: len(plan.screened(plan.tried(cell, arm, rows))) for arm in plan.arms}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"the arms of {cell} have different numbers of trials: {counts}; finish its tuning")
+
+
+def environments(plan: Plan, rows: Sequence[Row]) -> str:
+    """Which commits, versions and machines the runs are from."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["environment"]] = counts.get(row["environment"], 0) + 1
+    lines = plan.table.with_name("environments.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {one["environment"]: one for one in map(json.loads, lines)}
+    listed = []
+    for name, count in counts.items():
+        e = found[name]
+        changed = f" with changes in {', '.join(e['changed'])}" if e["changed"] else ""
+        listed.append(
+            f"{count:,} runs: commit {e['commit'][:12]}{changed}, torch {e['torch']}, Python {e['python']}, "
+            f"{e['processor']}"
+        )
+    return "; ".join(listed) + "."
+
+
+def values(arm: Mapping[int, Row], key: str = "test") -> BySeed:
+    """Accuracy in % by seed."""
+    return {seed: 100 * row[key] for seed, row in arm.items()}
+
+
+def minus(a: BySeed, b: BySeed) -> BySeed:
+    """Paired differences."""
+    return {seed: a[seed] - b[seed] for seed in a}
+
+
+def averaged(several: Sequence[BySeed]) -> BySeed:
+    """Mean over cells, seed by seed."""
+    return {seed: fmean(one[seed] for one in several) for seed in several[0]}
+
+
+def interval(by_seed: BySeed, comparisons: int) -> Interval | None:
+    """Student's t over the seeds, Bonferroni over the comparisons."""
+    return t_interval(list(by_seed.values()), level=LEVEL, comparisons=comparisons, grain=GRAIN)
+
+
+def shown(found: Interval | None) -> str:
+    """An interval as text."""
+    return "none: all seeds agree" if found is None else f"[{found.low:+.2f}, {found.high:+.2f}]"
+
+
+class Gate:
+    """Whether a cell can show anything, and against which baseline."""
+
+    def __init__(
+        self, plan: Plan, rows: Sequence[Row], cell: str, arms: Mapping[str, Mapping[int, Row]], comparisons: int
+    ) -> None:
+        self.baseline = better_baseline(plan, rows, cell)
+        self.gain = minus(values(arms["sam"]), values(arms[self.baseline]))
+        self.interval = interval(self.gain, comparisons)
+        right = 1 - plan.cells[cell].noise
+        self.fit = fmean(row["train"] for row in arms["sgd"].values()) - right
+        self.noisy = plan.cells[cell].noise > 0
+        gains = self.interval is not None and self.interval.low > 0
+        self.passes = gains and self.fit >= GATE_FIT
+
+    def line(self, cell: str) -> list[str]:
+        """A row of the table."""
+        gain = f"{fmean(self.gain.values()):+.2f} {shown(self.interval)}"
+        return [cell, self.baseline, gain, f"{100 * self.fit:+.1f}", "passes" if self.passes else "fails"]
+
+
+def better_baseline(plan: Plan, rows: Sequence[Row], cell: str) -> str:
+    """SGD or Nesterov, by the validation accuracy of its choice over the tuning seeds."""
+
+    def score(arm: str) -> float:
+        tried = plan.tried(cell, arm, rows)
+        choice = plan.choice(tried)
+        assert choice is not None
+        return fmean(tried[choice][seed] for seed in plan.tuning)
+
+    return max(BASELINES, key=score)
+
+
+def primaries(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> list[list[str]]:
+    """The rows of the table of primary contrasts."""
+    margin = float(plan.settings["margin"])
+    noisy = [cell for cell in found if gate[cell].noisy]
+    passed = [cell for cell in noisy if gate[cell].passes]
+    lines = []
+    for number, arm, other in (("1", "echo", ""), ("2", "echo", "sam"), ("3", "+g", "")):
+        name = f"{number}: {arm} minus {other or 'the better baseline'}"
+        for title, cells in ((name, passed), ("all cells with wrong labels", noisy)):
+            if not cells:
+                lines.append([title, "0", "", "", "no cell passes the gate: nothing can be said"])
+                continue
+            gap = averaged([minus(values(found[c][arm]), values(found[c][other or gate[c].baseline])) for c in cells])
+            bounds = interval(gap, PRIMARIES)
+            says = non_inferior(bounds, margin) if other else direction(bounds)
+            lines.append([title, f"{len(cells)}", f"{fmean(gap.values()):+.2f}", shown(bounds), says])
+    for network in plan.settings["cells"]["networks"]:
+        for arm in ("echo", "sam"):
+            slopes = slope(plan, found, gate, network, arm)
+            title = f"4: {arm}'s gain per halving of the density, {network}"
+            if slopes is None:
+                lines.append([title, "", "", "", "not all its cells have run"])
+                continue
+            bounds = interval(slopes, PRIMARIES)
+            says = direction(bounds, above="sparser gains more", below="sparser gains less")
+            lines.append([title, "", f"{fmean(slopes.values()):+.2f}", shown(bounds), says])
+    return lines
+
+
+def direction(bounds: Interval | None, above: str = "a gain", below: str = "a loss") -> str:
+    """What an interval says."""
+    if bounds is None or bounds.contains(0.0):
+        return "cannot tell"
+    return above if bounds.low > 0 else below
+
+
+def non_inferior(bounds: Interval | None, margin: float) -> str:
+    """What an interval says about non-inferiority."""
+    if bounds is None:
+        return "cannot tell"
+    if bounds.low > -margin:
+        return f"not worse than SAM by {margin:g} points" + (", and better" if bounds.low > 0 else "")
+    return f"worse than SAM by more than {margin:g} points" if bounds.high < -margin else "cannot tell"
+
+
+def slope(plan: Plan, found: Fresh, gate: Mapping[str, Gate], network: str, arm: str) -> BySeed | None:
+    """Least-squares slope of the gain over log2(1 / density), for each seed; mean over the shares of wrong labels.
+
+    Dense and static cells with wrong labels, whether they pass the gate or not; None if one has not run.
+    """
+    settings = plan.settings["cells"]
+    masks = [name for name, (method, _) in settings["masks"].items() if method != "rigl"]
+    noise = [share for share in settings["noise"] if share > 0]
+    names = [[f"{100 * share:.0f}-{network}-{mask}" for share in noise] for mask in masks]
+    if any(cell not in found for level in names for cell in level):
+        return None
+    x = [-math.log2(1 - settings["masks"][mask][1]) for mask in masks]
+    gains = [averaged([minus(values(found[c][arm]), values(found[c][gate[c].baseline])) for c in n]) for n in names]
+    middle = fmean(x)
+    square = sum((at - middle) ** 2 for at in x)
+    return {
+        seed: sum((at - middle) * gain[seed] for at, gain in zip(x, gains, strict=True)) / square for seed in gains[0]
+    }
+
+
+def accuracy_table(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> str:
+    """Mean test accuracy of every arm in every cell."""
+    lines = []
+    for cell, arms in found.items():
+        means = {arm: f"{fmean(values(arms[arm]).values()):.1f}" for arm in plan.arms}
+        better = gate[cell].baseline
+        means[better] = f"*{means[better]}*"
+        lines.append([cell, *means.values()])
+    return table(["cell", *plan.arms], lines)
+
+
+def difference_table(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> str:
+    """Every arm minus the better baseline."""
+    arms = [arm for arm in plan.arms if arm not in BASELINES]
+    lines = []
+    for cell, by_arm in found.items():
+        line = [cell]
+        for arm in arms:
+            gap = minus(values(by_arm[arm]), values(by_arm[gate[cell].baseline]))
+            line.append(f"{fmean(gap.values()):+.2f} {shown(interval(gap, len(plan.cells)))}")
+        lines.append(line)
+    return table(["cell", *arms], lines)
+
+
+def time_table(plan: Plan, found: Fresh) -> str:
+    """Echo and SAM at equal time."""
+    times = read_table(plan.table.with_name("times.csv"))
+    lines = []
+    for cell, arms in found.items():
+        of = {
+            arm: 1e3 * median(r["seconds"] for r in times if r["cell"] == cell and r["arm"] == arm)
+            for arm in ("sgd", "sam", "echo")
+        }
+        epochs = next(iter(arms[TIMED].values()))["epochs"]
+        gap = minus(values(arms["echo"]), values(arms[TIMED]))
+        difference = f"{fmean(gap.values()):+.2f} {shown(interval(gap, len(plan.cells)))}"
+        lines.append([cell, *(f"{t:.2f}" for t in of.values()), f"{epochs:.0f}", difference])
+    head = ["cell", "ms a gradient: SGD", "SAM", "echo", "SAM's epochs in echo's time", "echo minus that SAM"]
+    return table(head, lines)
+
+
+def choice_table(plan: Plan, rows: Sequence[Row], found: Fresh) -> str:
+    """The settings of every arm."""
+    lines = []
+    for cell in found:
+        line = [cell]
+        for arm in plan.arms:
+            tried = plan.tried(cell, arm, rows)
+            choice = plan.choice(tried)
+            assert choice is not None
+            line.append(setting(choice) + "*" * bool(plan.on_edge(arm, tried, choice)))
+        lines.append([*line, f"{len(plan.screened(plan.tried(cell, 'sgd', rows)))}"])
+    return table(["cell", *plan.arms, "trials an arm"], lines)
+
+
+def setting(point: Point) -> str:
+    """A trial as text."""
+    return " ".join(f"{value:g}" for value in (point if point[2] else point[:2]))
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
