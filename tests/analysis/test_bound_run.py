@@ -178,19 +178,19 @@ def test_runs_without_and_with_two_step_displacement(tmp_path):
 
 
 def test_echo_is_measured_at_its_second_visits_and_the_bounds_are_not_claimed_for_it(tmp_path):
-    """Step records every 10th step show first visits only, whose displacement is 0: that is not the run's."""
+    """Step records are of second visits; first ones, whose displacement is 0, are half of the run."""
     config = replace(CONFIG, sharpness="echo", rho=0.5, sam=SamConfig(scale="norm", stats_every=2), method="dense")
     run(replace(config, out=str(tmp_path / "even")))
-    assert {r["displacement"] for r in read_run(tmp_path / "even").steps} == {0.0}
+    assert all(r["displacement"] == pytest.approx(0.5, rel=1e-6) for r in read_run(tmp_path / "even").steps)
     found = probe(tmp_path / "even")
-    assert found["squared_radius"] == pytest.approx(0.5**2 / 2, rel=1e-3) and found["radius_from"] == "probes"
+    assert found["squared_radius"] == pytest.approx(0.5**2 / 2, rel=1e-3) and found["radius_from"] == "steps"
     lengths = found["probes"][0]["displacements"]
     assert lengths == pytest.approx([0.0, 0.5, 0.0, 0.5], rel=1e-4)
     lines = sentences([found])
     assert sum("(not proved for this run): at least" in line for line in lines) == 3
     assert sum("neither bound applies" in line for line in lines) == 1
     assert not any("the corollary's bound is SGD's" in line for line in lines)
-    logged = [{"step": s, "lr": 1.0, "displacement": 0.5 * (s % 2)} for s in range(9)]
+    logged = [{"step": s, "lr": 1.0, "displacement": 0.5 * (s % 2)} for s in range(9)]  # as an earlier s2sam logged
     found = bound_run.evaluate(build(config), [Probe(**SOME, displacements=[0.0])], [], logged)
     assert found["squared_radius"] == pytest.approx(0.125) and found["radius_from"] == "steps"
 

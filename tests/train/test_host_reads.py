@@ -179,7 +179,9 @@ def test_the_fused_step_is_the_same_step(name, method, sharpness):
     config = dataclasses.replace(
         TINY, method=method, sharpness=sharpness, optim=optim, lr=0.1 if name == "sgd" else 1e-3
     )
-    states = [steps(build(dataclasses.replace(config, optim=dataclasses.replace(optim, fused=f)))) for f in (0, 1)]
+    states = [
+        steps(build(dataclasses.replace(config, optim=dataclasses.replace(optim, fused=f)))) for f in (False, True)
+    ]
     assert states[1].optimizer.param_groups[0]["fused"]
     torch.testing.assert_close(weights(states[0]), weights(states[1]), atol=1e-5, rtol=1e-4)
     if states[0].sparsifier is not None:

@@ -49,7 +49,7 @@ class BiasByAge:
     >>> from s2sam import sparsify
     >>> layer = torch.nn.Linear(8, 8)
     >>> optimizer = torch.optim.AdamW(layer.parameters())
-    >>> rigl = sparsify(layer, optimizer, method="rigl", sparsity=0.9, total_steps=100, delta_t=10)
+    >>> rigl = sparsify(layer, optimizer, method="rigl", sparsity=0.5, total_steps=100, delta_t=10)
     >>> aged = BiasByAge(rigl)
     """
 
