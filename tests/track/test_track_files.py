@@ -5,11 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
+import sys
+from pathlib import Path
 
 import pytest
 
 from s2sam.track.base import Loggers
 from s2sam.track.files import FileLogger, plain
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import damaged
 
 EPOCH = {"kind": "epoch", "epoch": 1, "step": 5, "train_loss": 0.5, "val_top1": None}
 
@@ -92,3 +98,28 @@ def test_all_are_closed_when_one_fails(fail):
     ):
         log.scalars(EPOCH)
     assert [c for c in calls if c[1] == "close"] == [("b", "close"), ("a", "close")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_table_is_named_or_goes_on_with_its_columns(tmp_path, seed):
+    draw, row = random.Random(seed), {"kind": "epoch", "epoch": 1, "step": 10, "test_top1": 0.5}
+    first = FileLogger(tmp_path)
+    first.start({}, {})
+    first.scalars(row)
+    lengths = first.position()
+    first.close()
+    content, refused = (tmp_path / "summary.csv").read_bytes(), 0
+    for _ in range(60):
+        (tmp_path / "summary.csv").write_bytes(damaged(content, draw).ljust(len(content), b"0"))
+        again, said = FileLogger(tmp_path), ""
+        try:
+            again.start({}, {"logs": lengths})
+            again.scalars(row | {"epoch": 2})
+        except ValueError as error:
+            said = str(error)
+        again.close()
+        refused += bool(said)
+        assert not said or ("summary.csv" in said and "\n" not in said)
+        if not said:
+            assert (tmp_path / "summary.csv").read_bytes().endswith(b"2,10,0.5\r\n")
+    assert refused > 10

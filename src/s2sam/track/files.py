@@ -65,6 +65,11 @@ class FileLogger:
                 if self._table is None:
                     self._table = csv.DictWriter(self._rows, list(row))
                     self._table.writeheader()
+                if list(self._table.fieldnames) != list(row):
+                    raise ValueError(
+                        f"{self._rows.name} has other columns than this run's epochs, so it is damaged or of another "
+                        "run; put the whole run folder back, or train anew with --resume never"
+                    )
                 self._table.writerow(row)
                 self._rows.flush()
 
