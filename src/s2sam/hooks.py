@@ -112,7 +112,6 @@ class StepHooks:
             optimizer.register_step_pre_hook(self._pre),
             optimizer.register_step_post_hook(self._post),
         )
-        _Bystanders.watch(self)
 
     def register(self, phase: Phase, function: PhaseFunction) -> Handle:
         """Run `function(context)` in `phase` of every step; equal ranks run in the order of registration."""
@@ -138,6 +137,11 @@ class StepHooks:
                 handle.remove()
             vars(self.optimizer).pop(_ATTRIBUTE, None)
             _Bystanders.forget(self)
+
+    def look_after(self, weights: Callable[[], Iterable[Tensor]]) -> None:
+        """No other optimizer may move these weights from now on."""
+        self.looked_after.append(weights)
+        _Bystanders.watch(self)
 
     def weights(self) -> set[int]:
         """The ids of the weights that only this optimizer may move: those of S2SAM or SAM, and those with a mask."""
@@ -274,7 +278,7 @@ class _Bystanders:
 
     @classmethod
     def watch(cls, hooks: StepHooks) -> None:
-        """Look after the weights of `hooks` from now on."""
+        """Look after the weights of `hooks`, as many as they are now; whoever was harmless is looked at again."""
         if cls.changes == 0:
             register_optimizer_step_pre_hook(cls.check)
         cls.watched.add(hooks)
@@ -420,6 +424,7 @@ def claim_sharpness(optimizers: Iterable[Optimizer], owner: object, rho: float) 
     for hooks, per_group in zip(claimed, radii, strict=True):
         key = rho_key(hooks.optimizer)
         hooks.sharpness = owner
+        _Bystanders.watch(hooks)
         hooks.optimizer.defaults |= {key: rho, _RHO_KEY: key}
         for group, radius in zip(hooks.optimizer.param_groups, per_group, strict=True):
             group[key] = radius

@@ -160,6 +160,22 @@ def test_another_optimizer_on_masked_weights_is_stopped_and_one_on_the_others_is
     assert not same(net.parameters(), w)
 
 
+def test_who_was_harmless_is_looked_at_again_when_more_weights_are_looked_after():
+    """The biases are nobody's until S2SAM is attached to an optimizer that a sparsifier has hooked already."""
+    net = make_net(bias=True)
+    optimizer = FACTORIES["sgd"](net.parameters())
+    sparsify(net, optimizer, method="static", sparsity=0.5)
+    biases = torch.optim.SGD([p for p in net.parameters() if p.dim() == 1], lr=0.1)
+    x, y = make_data(1)[0]
+    F.cross_entropy(net(x), y).backward()
+    biases.step()
+    S2SAM(optimizer, model=net, rho=RHO)
+    w = snapshot(net)
+    with pytest.raises(RuntimeError, match="S2SAM looks after through another optimizer"):
+        biases.step()
+    assert same(net.parameters(), w)
+
+
 def test_an_optimizer_of_other_weights_is_left_alone():
     net, _, _ = attached()
     strange = make_net(seed=3)

@@ -326,9 +326,7 @@ class S2SAM:
         """Move all parameters from w to x = w + e, unless they are there already. Counts as a displaced forward."""
         if self._looks.clean:
             return
-        if any(slot.written() for slot in self._slots):
-            self.restore(warn=False)
-            raise RuntimeError(WRITTEN)
+        self._refuse_writes()
         closed = [(slot, slot.displaceable()) for slot in self._slots if not slot.open]
         if not any(blocks for _, blocks in closed):
             for slot in self._slots:
@@ -353,6 +351,12 @@ class S2SAM:
             slot.fresh = True
         with computing():
             self._open(closed)
+
+    def _refuse_writes(self) -> None:
+        """Nobody may have written to displaced weights: put w back and raise."""
+        if any(slot.written() for slot in self._slots):
+            self.restore(warn=False)
+            raise RuntimeError(WRITTEN)
 
     def _check_mixed(self, closed: list[tuple[Slot, list[Block]]]) -> None:
         """No gradient that was taken at w since the last step may be there when the first window of a step opens."""
@@ -532,9 +536,7 @@ class S2SAM:
         gradients = context.gradients()
         if any(g.layout != torch.strided for g in gradients):
             raise ValueError("S2SAM: sparse gradients are not supported; build the embedding with sparse=False")
-        if any(other.written() for other in self._slots):
-            self.restore(warn=False)
-            raise RuntimeError(WRITTEN)
+        self._refuse_writes()
         if not slot.fresh and self.on_clean_grad != "ignore" and any(p.grad is not None for p in slot.with_direction()):
             complain(self.on_clean_grad, CLEAN_GRADIENT.format(name=type(slot.optimizer).__name__))
         if sharded and context.found_inf is not None:  # a GradScaler's, which has seen the shards of this rank

@@ -46,7 +46,7 @@ class Part:
         """Register the phases."""
         hooks = step_hooks(self.optimizer)
         hooks.gradient_masks.append(self.mask_gradients)
-        hooks.looked_after.append(self.masked)
+        hooks.look_after(self.masked)
         for phase, function in (
             (Phase.MASK, self._mask),
             (Phase.REMASK, self._remask),
