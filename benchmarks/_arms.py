@@ -40,6 +40,7 @@ class Arm:
     sam: Any = None
     sparsifier: Any = None
     needs_closure: bool = False
+    visits: int = 1  #: steps after which its work repeats: echo displaces every second one
     gradients: list[Tensor] = field(default_factory=list)
     fresh: list[Tensor] = field(default_factory=list)
 
@@ -105,7 +106,7 @@ def make_arm(
     base: str = "default",
     delta_t: int = DELTA_T,
 ) -> Arm:
-    """One contestant, ready: "sgd", "s2sam-gradient", one of :data:`VARIANTS`, "sam", "rigl" or "rigl+s2sam"."""
+    """One contestant, ready: "sgd", "s2sam-gradient", one of :data:`VARIANTS`, "echo", "sam", "rigl", "rigl+s2sam"."""
     model = build().train()
     optimizer = torch.optim.SGD(model.parameters(), **SGD, **BASES[base])
     arm = Arm(model, optimizer, batch)
@@ -121,10 +122,12 @@ def make_arm(
         )
     if kind == "sam":
         arm.sam, arm.needs_closure = SAM(optimizer, model=model, rho=RHO), True
+    elif kind == "echo":
+        arm.sam, arm.visits = S2SAM.echo(optimizer, model=model), 2
     elif "s2sam" in kind:
         arm.sam = S2SAM(optimizer, model=model, rho=RHO, **VARIANTS.get(kind, {}))
     arm.capture()
-    for _ in range(3):  # state exists, directions exist
+    for _ in range(4):  # state exists, directions exist; echo is at a first visit
         arm.refresh()
         arm.optimizer_step()
     arm.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What does a training step cost with S2-SAM, with SAM, and with RigL's masks, against plain SGD?
+"""What does a training step cost with S2-SAM, echo, SAM, and with RigL's masks, against plain SGD?
 
     python benchmarks/step_overhead.py                  # this machine's CPU, minutes; writes benchmarks/results/*.json
     python benchmarks/step_overhead.py --device cuda
@@ -10,8 +10,8 @@ of 32x32 images: 64 tokens), batch 128. Two answers for each contestant:
 (i)  alone: 1 + (its optimizer time - SGD's optimizer time) / (one whole SGD step), each timed alone. Optimizer time is
      displace + restore + base step + masks + next direction, on fixed gradients, with cold caches. SAM's second forward
      and backward is timed alone too and added. For RigL, mask work is that of an ordinary step, and what a topology
-     update costs beyond an ordinary SGD step is spread over the 100 steps between two updates. The bars are on this
-     number, because it resolves differences far below the noise of a whole step.
+     update costs beyond an ordinary SGD step is spread over the 100 steps between two updates; echo's time is the mean
+     of its two visits. The bars are on this number, as it resolves differences far below the noise of a whole step.
 (ii) paired: (whole step) / (whole SGD step), in ABBA rounds. RigL's updates fall outside unless there are > 100 steps.
 
 Besides: calls, bytes and host syncs added to the base step (rule: `_counters.py`), memory kept, passes per step.
@@ -36,9 +36,9 @@ from _timing import Clock, abba, bootstrap, interleaved, median
 from _vit import ViTTiny
 from s2sam.models import create_model
 
-KINDS = ("s2sam-gradient", "s2sam-momentum", "sam", "rigl", "rigl+s2sam")
+KINDS = ("s2sam-gradient", "s2sam-momentum", "echo", "sam", "rigl", "rigl+s2sam")
 COUNTED = (*KINDS, *(kind for kind in VARIANTS if kind not in KINDS))  #: not all of them are timed
-RATIO_BAR, CALLS_BAR, BYTES_BAR, BUFFERS_BAR = 1.03, 20, 64, 1.0
+RATIO_BAR, ECHO_BAR, CALLS_BAR, BYTES_BAR, BUFFERS_BAR = 1.03, 1.01, 20, 64, 1.0
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -86,7 +86,8 @@ def _spread_update(added: Any, step: Any, update: Any) -> Any:
 
 
 def _timer(arm: Arm, clock: Clock) -> Callable[[], float]:
-    return lambda: clock(arm.optimizer_step, before=arm.refresh, cold=True)
+    """Seconds of an optimizer step, the mean over the arm's visits."""
+    return lambda: sum(clock(arm.optimizer_step, before=arm.refresh, cold=True) for _ in range(arm.visits)) / arm.visits
 
 
 def _rigl_timer(arm: Arm, clock: Clock, updates: list[float]) -> Callable[[], float]:
@@ -113,7 +114,11 @@ def measure_pairs(build: Callable[[], nn.Module], batch: Batch, clock: Clock, ro
         arm = make_arm(kind, build, batch)
         sgd.train_step()
         arm.train_step()
-        base, its = abba(lambda: clock(sgd.train_step), lambda a=arm: clock(a.train_step), rounds)
+
+        def whole(a: Arm = arm) -> float:
+            return sum(clock(a.train_step) for _ in range(a.visits)) / a.visits
+
+        base, its = abba(lambda: clock(sgd.train_step), whole, rounds)
         ratios = [b / a for a, b in zip(base, its, strict=True)]
         out["contestants"][kind] = {"ratio": bootstrap(median, ratios), "step_seconds": statistics.median(its)}
     return out
@@ -179,12 +184,13 @@ def _counted(kind: str, build: Callable[[], nn.Module], batch: Batch, base: str)
     }
 
 
-def measure_passes(build: Callable[[], nn.Module], batch: Batch) -> dict[str, dict[str, int]]:
-    """Forward and backward passes of one training step."""
+def measure_passes(build: Callable[[], nn.Module], batch: Batch) -> dict[str, dict[str, float]]:
+    """Forward and backward passes of a training step, the mean over the arm's visits."""
     out = {}
     for kind in ("sgd", *KINDS):
         arm = make_arm(kind, build, batch)
-        forwards, backwards = count_passes(arm.model, arm.train_step)
+        seen = [count_passes(arm.model, arm.train_step) for _ in range(arm.visits)]
+        forwards, backwards = (sum(one) / arm.visits for one in zip(*seen, strict=True))
         out[kind] = {"forwards": forwards, "backwards": backwards}
     return out
 
@@ -197,14 +203,16 @@ def judge(networks: dict[str, Any], counters: dict[str, Any], passes: dict[str, 
             ratio = row["alone"]["contestants"][kind]["ratio"]
             bar = _bar(f"(i) {kind} on {network}", ratio["value"], RATIO_BAR)
             bars.append({**bar, "interval": ratio["interval"], "interval_below": ratio["interval"][1] <= RATIO_BAR})
+        echo, paper = (row["alone"]["contestants"][kind]["ratio"] for kind in ("echo", "s2sam-gradient"))
+        bars.append(_bar(f"(i) echo / s2sam-gradient on {network}", echo["value"] / paper["value"], ECHO_BAR))
     for base, rows in counters["bases"].items():
         row = rows["s2sam-gradient"]
         bars.append(_bar(f"calls added to {base} SGD, 100 tensors", row["added_calls"], CALLS_BAR))
         bars.append(_bar(f"bytes per parameter added to {base} SGD", row["added_bytes_per_parameter"], BYTES_BAR))
         bars.append(_bar(f"buffers added to {base} SGD", row["added_buffers"], BUFFERS_BAR, slack=0.01))
-    counted = passes["sam"]
-    bars.append({**_bar("SAM's forwards", counted["forwards"], 2), "holds": counted["forwards"] == 2})
-    bars.append({**_bar("SAM's backwards", counted["backwards"], 2), "holds": counted["backwards"] == 2})
+    for kind, wanted in (("s2sam-gradient", 1), ("echo", 1), ("sam", 2)):
+        for name, count in passes[kind].items():
+            bars.append({**_bar(f"{kind}'s {name} a step", count, wanted), "holds": count == wanted})
     return bars
 
 

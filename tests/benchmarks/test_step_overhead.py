@@ -12,6 +12,7 @@ from _arms import RHO, make_arm
 from _counters import OpCounter, count_passes, live_bytes
 from _timing import abba, bootstrap, interleaved, median
 from _vit import TOKENS, ViTTiny
+from s2sam.sam.single_step import ECHO_RHO
 from step_overhead import KINDS, HundredTensors
 
 
@@ -129,6 +130,17 @@ def test_arms_do_what_they_are_named_for(kind, batch):
     else:
         assert arm.sparsifier.updates > 0
         assert arm.sparsifier.sparsity() == pytest.approx(0.9, abs=1e-3)
+    if kind == "echo":  # four steps are over in make_arm, so that the one above was a first visit, and here is a second
+        clean = [p.detach().clone() for p in arm.model.parameters()]
+        arm.sam.displace()
+        for p, w in zip(arm.model.parameters(), clean, strict=True):
+            radii = ECHO_RHO * w.norm(dim=1) * (torch.arange(64) < 10)  # the other outputs have no gradient
+            torch.testing.assert_close((p.detach() - w).norm(dim=1), radii, rtol=1e-3, atol=0)
+        arm.refresh()
+        arm.optimizer_step()
+        clean = [p.detach().clone() for p in arm.model.parameters()]
+        arm.sam.displace()  # a first visit
+        assert all(torch.equal(p, w) for p, w in zip(arm.model.parameters(), clean, strict=True))
     if "s2sam" in kind:
         clean = [p.detach().clone() for p in arm.model.parameters()]
         arm.sam.displace()
@@ -145,7 +157,7 @@ def test_quick_run_writes_a_complete_result(tmp_path, capsys):
     assert {"command", "versions", "hardware", "settings", "networks", "counters", "passes", "bars"} <= set(result)
     assert result["hardware"]["torch_threads"] == torch.get_num_threads()
     assert result["passes"]["sam"] == {"forwards": 2, "backwards": 2}
-    for kind in ("sgd", "s2sam-gradient", "s2sam-momentum", "rigl", "rigl+s2sam"):
+    for kind in ("sgd", "s2sam-gradient", "s2sam-momentum", "echo", "rigl", "rigl+s2sam"):
         assert result["passes"][kind] == {"forwards": 1, "backwards": 1}
     for network in result["networks"].values():
         assert network["parameters"] > 0
@@ -158,5 +170,8 @@ def test_quick_run_writes_a_complete_result(tmp_path, capsys):
     assert added["added_calls"] <= 20
     assert added["added_bytes_per_parameter"] <= 64
     assert added["added_buffers"] == pytest.approx(1, abs=0.01)
-    assert len(result["bars"]) == 2 * 3 + 3 * 3 + 2
-    assert "SAM's forwards" in capsys.readouterr().out
+    assert len(result["bars"]) == 2 * 4 + 3 * 3 + 3 * 2
+    (echo,) = (bar for bar in result["bars"] if bar["bar"] == "(i) echo / s2sam-gradient on resnet32")
+    ratios = {k: row["ratio"]["value"] for k, row in result["networks"]["resnet32"]["alone"]["contestants"].items()}
+    assert echo["value"] == pytest.approx(ratios["echo"] / ratios["s2sam-gradient"], rel=1e-4)
+    assert "sam's forwards a step" in capsys.readouterr().out
