@@ -2,7 +2,7 @@
 
     python studies/control/run.py tune   [--cells "40-bn-*" ...] [--threads 2] [--smoke]   # tuning seeds, validation
     python studies/control/run.py fresh  [--cells ...] [--threads 2] [--smoke]             # fresh seeds, test images
-    python studies/control/run.py report [--smoke]                                         # runs.csv -> report.md
+    python studies/control/run.py report [--smoke]                                         # report.md, pictures
 
 It can be stopped and started again: a run that stands in runs.csv is not run a second time. `--threads N` works on N
 cells at once, each with one thread.
@@ -227,8 +227,11 @@ def main() -> None:
     plan = Plan.read(smoke=options.smoke)
     if options.command == "report":
         from analyse import report
+        from pictures import draw
 
         print(report(plan))
+        for path in draw(plan):
+            print(path)
         return
     try:
         cells = plan.chosen_cells(options.cells)

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import analyse
 import batched
+import pictures
 import plan
 import run as commands
 from s2sam import S2SAM, SAM, sparsify
@@ -311,3 +313,28 @@ def test_the_report_takes_paired_differences_and_applies_the_gate(small_plan):
 )
 def test_non_inferiority_is_read_from_the_interval(low, high, says):
     assert says in analyse.non_inferior(Interval(low, high, 0.95), 1.0)
+
+
+def test_the_pictures_show_the_gains_and_the_best_trial_at_each_radius(small_plan):
+    small_plan.settings["seeds"]["fresh"] = [100, 123]
+    made = made_up(small_plan, {"40-plain-dense": {"sam": 0.1, "echo": 0.08}, "40-plain-static90": {"sam": 0.02}})
+    of_echo = {"stage": "tune", "cell": "40-plain-dense", "arm": "echo", "epochs": 2, "seconds": 1}
+    tried = [(0.01, 0.2, 0.7), (0.1, 0.2, 0.8), (0.1, 0.4, 0.3)]  # lr, rho, validation accuracy
+    made += [
+        of_echo | {"lr": lr, "weight_decay": 1e-3, "rho": rho, "val": val, "train": 0.9, "seed": s, "environment": "no"}
+        for lr, rho, val in tried
+        for s in (0, 1)
+    ]
+    plan.append(small_plan.table, made)
+    rows = small_plan.rows()
+    best = pictures.best_by_radius(small_plan, rows, "40-plain-dense", "echo")
+    assert best == pytest.approx({0.1: 50.0, 0.2: 80.0, 0.4: 30.0})
+    found, _ = analyse.whole_cells(small_plan, rows)
+    gate = {cell: analyse.Gate(small_plan, rows, cell, found[cell], 2) for cell in found}
+    mean, bounds = pictures.gains(small_plan, found, gate, "sam")["40-plain-dense"]
+    assert mean == pytest.approx(10.5)
+    assert bounds.low < 10.5 < bounds.high
+    for path in pictures.draw(small_plan):
+        with Image.open(path) as picture:
+            assert picture.size[0] > 300
+            assert len(picture.getcolors(1 << 20)) > 5  # it is not empty
