@@ -1,10 +1,11 @@
-"""runs.csv -> report.md: the gate, the primary contrasts and the tables that protocol.md names."""
+"""runs.csv -> report.md, summary.json: the gate, the primary contrasts and the tables that protocol.md names."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
 
 from plan import BASELINES, TIMED, Plan, Point, Row, read_table
@@ -45,7 +46,10 @@ def report(plan: Plan) -> str:
         "## Primary contrasts",
         f"Simultaneous 95 % intervals (Bonferroni over {PRIMARIES}). Contrasts 1 to 3: mean over the cells with wrong "
         "labels that pass the gate; the line below each has all cells with wrong labels, whether they pass or not.",
-        table(["contrast", "cells", "estimate", "interval", "says"], primaries(plan, found, gate)),
+        table(
+            ["contrast", "cells", "estimate", "interval", "says"],
+            [one.line() for one in contrasts(plan, found, gate)],
+        ),
         "## Every cell",
         "Mean test accuracy in %. The better baseline of a cell (by validation accuracy in the tuning) is in italics.",
         accuracy_table(plan, found, gate),
@@ -61,6 +65,8 @@ def report(plan: Plan) -> str:
     ]  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     plan.table.with_name("report.md").write_text(text, encoding="utf-8")
+    facts = json.dumps(summary(plan, found, gate, missing), indent=1)
+    plan.table.with_name("summary.json").write_text(facts + "\n", encoding="utf-8")
     return text
 
 
@@ -164,33 +170,92 @@ def better_baseline(plan: Plan, rows: Sequence[Row], cell: str) -> str:
     return max(BASELINES, key=score)
 
 
-def primaries(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> list[list[str]]:
-    """The rows of the table of primary contrasts."""
+@dataclass(frozen=True)
+class Contrast:
+    """A primary contrast.
+
+    Args:
+        name: as protocol.md numbers it.
+        scope: "gate" (cells that pass it), "noisy" (all with wrong labels) or the network of a slope.
+        cells: how many there are.
+        by_seed: its values; empty if it cannot be computed.
+        bounds: joint interval.
+        says: the verdict in words.
+    """
+
+    name: str
+    scope: str
+    cells: int
+    by_seed: BySeed
+    bounds: Interval | None
+    says: str
+
+    def line(self) -> list[str]:
+        """A row of the table."""
+        title = "all cells with wrong labels" if self.scope == "noisy" else self.name
+        count = f"{self.cells}" if self.scope in ("gate", "noisy") else ""
+        if not self.by_seed:
+            return [title, count, "", "", self.says]
+        return [title, count, f"{fmean(self.by_seed.values()):+.2f}", shown(self.bounds), self.says]
+
+    def facts(self) -> dict[str, object]:
+        """The same for summary.json."""
+        facts: dict[str, object] = {"contrast": self.name, "scope": self.scope, "cells": self.cells, "says": self.says}
+        return facts | numbers(self.by_seed, self.bounds)
+
+
+def numbers(by_seed: BySeed, bounds: Interval | None) -> dict[str, object]:
+    """A difference for summary.json."""
+    if not by_seed:
+        return {"n": 0}
+    ends = {} if bounds is None else {"low": round(bounds.low, 3), "high": round(bounds.high, 3)}
+    return {"n": len(by_seed), "mean": round(fmean(by_seed.values()), 3)} | ends
+
+
+def contrasts(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> list[Contrast]:
+    """All primary contrasts, the first three once over the cells that pass and once over all with wrong labels."""
     margin = float(plan.settings["margin"])
     noisy = [cell for cell in found if gate[cell].noisy]
     passed = [cell for cell in noisy if gate[cell].passes]
-    lines = []
+    out = []
     for number, arm, other in (("1", "echo", ""), ("2", "echo", "sam"), ("3", "+g", "")):
         name = f"{number}: {arm} minus {other or 'the better baseline'}"
-        for title, cells in ((name, passed), ("all cells with wrong labels", noisy)):
+        for scope, cells in (("gate", passed), ("noisy", noisy)):
             if not cells:
-                lines.append([title, "0", "", "", "no cell passes the gate: nothing can be said"])
+                out.append(Contrast(name, scope, 0, {}, None, "no cell passes the gate: nothing can be said"))
                 continue
             gap = averaged([minus(values(found[c][arm]), values(found[c][other or gate[c].baseline])) for c in cells])
             bounds = interval(gap, PRIMARIES)
             says = non_inferior(bounds, margin) if other else direction(bounds)
-            lines.append([title, f"{len(cells)}", f"{fmean(gap.values()):+.2f}", shown(bounds), says])
+            out.append(Contrast(name, scope, len(cells), gap, bounds, says))
     for network in plan.settings["cells"]["networks"]:
         for arm in ("echo", "sam"):
             slopes = slope(plan, found, gate, network, arm)
             title = f"4: {arm}'s gain per halving of the density, {network}"
             if slopes is None:
-                lines.append([title, "", "", "", "not all its cells have run"])
+                out.append(Contrast(title, network, 0, {}, None, "not all its cells have run"))
                 continue
             bounds = interval(slopes, PRIMARIES)
             says = direction(bounds, above="sparser gains more", below="sparser gains less")
-            lines.append([title, "", f"{fmean(slopes.values()):+.2f}", shown(bounds), says])
-    return lines
+            out.append(Contrast(title, network, 0, slopes, bounds, says))
+    return out
+
+
+def summary(plan: Plan, found: Fresh, gate: Mapping[str, Gate], missing: Sequence[str]) -> dict[str, object]:
+    """What summary.json holds, for pages that quote numbers."""
+    cells = {}
+    for cell, arms in found.items():
+        baseline = values(arms[gate[cell].baseline])
+        differences = {arm: minus(values(arms[arm]), baseline) for arm in plan.arms}
+        cells[cell] = {
+            "baseline": gate[cell].baseline,
+            "passes": gate[cell].passes,
+            "fit": round(100 * gate[cell].fit, 2),
+            "accuracy": {arm: round(fmean(values(arms[arm]).values()), 3) for arm in plan.arms},
+            "minus": {arm: numbers(gap, interval(gap, len(plan.cells))) for arm, gap in differences.items()},
+        }
+    primary = [one.facts() for one in contrasts(plan, found, gate)]
+    return {"missing": list(missing), "primaries": primary, "cells": cells}
 
 
 def direction(bounds: Interval | None, above: str = "a gain", below: str = "a loss") -> str:

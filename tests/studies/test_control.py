@@ -296,12 +296,20 @@ def test_the_report_takes_paired_differences_and_applies_the_gate(small_plan):
     gate = {cell: analyse.Gate(small_plan, rows, cell, found[cell], 2) for cell in found}
     assert [one.baseline for one in gate.values()] == ["sgd", "sgd"]
     assert [one.passes for one in gate.values()] == [True, True]  # in the second by the point in every other seed
-    lines = {(line[0], line[1]): line[2:] for line in analyse.primaries(small_plan, found, gate)}
+    written = [one.line() for one in analyse.contrasts(small_plan, found, gate)]
+    lines = {(line[0], line[1]): line[2:] for line in written}
     assert lines["1: echo minus the better baseline", "2"][0] == "+5.50"
     assert lines["3: +g minus the better baseline", "2"][0] == "+0.00"
     halvings = math.log2(10)
     of_echo = lines["4: echo's gain per halving of the density, plain", ""]
     assert of_echo[0] == f"{-6 / halvings:+.2f}"
+    facts = analyse.summary(small_plan, found, gate, [])
+    assert facts["cells"]["40-plain-dense"]["minus"]["sam"]["mean"] == pytest.approx(10.5)
+    assert facts["cells"]["40-plain-dense"]["minus"]["+g"] == {"n": 24, "mean": 0.0}
+    first = next(one for one in facts["primaries"] if one["scope"] == "gate")
+    assert (first["contrast"], first["cells"], first["n"]) == ("1: echo minus the better baseline", 2, 24)
+    assert first["mean"] == pytest.approx(5.5)
+    assert first["low"] < 5.5 < first["high"]
     # SGD has 65 % of the labels that it was trained on, and 60 % are right: that is no memorising
     loose = analyse.whole_cells(small_plan, made_up(small_plan, gains, train=0.65))[0]["40-plain-dense"]
     assert not analyse.Gate(small_plan, rows, "40-plain-dense", loose, 2).passes
