@@ -59,7 +59,7 @@ def report(plan: Plan) -> str:
         "SAM trained for as long as echo takes, by seconds a gradient in the library's own loop, in turns, one thread.",
         time_table(plan, found),
         "## Trials",
-        f"In every cell all {len(plan.arms)} arms have had the same number of trials (checked by the code that wrote "
+        "In every cell all arms have had the same number of trials (checked by the code that wrote "
         "this). lr, weight decay, radius of each choice; * if a neighbour of it on the lattice was not tried.",
         choice_table(plan, rows, found),
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def whole_cells(plan: Plan, rows: Sequence[Row]) -> tuple[Fresh, list[str]]:
             every.setdefault(row["cell"], {}).setdefault(row["arm"], {})[row["seed"]] = row
     found, missing = {}, []
     for cell in plan.cells:
-        lacks = [a for a in (*plan.arms, TIMED) if set(every.get(cell, {}).get(a, {})) != set(plan.fresh)]
+        lacks = [a for a in (*plan.arms_in(cell), TIMED) if set(every.get(cell, {}).get(a, {})) != set(plan.fresh)]
         if lacks:
             missing.append(f"{cell} lacks fresh runs of {', '.join(lacks)}")
         else:
@@ -89,7 +89,7 @@ def whole_cells(plan: Plan, rows: Sequence[Row]) -> tuple[Fresh, list[str]]:
 def check_trials(plan: Plan, rows: Sequence[Row], cells: Mapping[str, object]) -> None:
     """Raise ValueError unless all arms of a cell have the same number of trials."""
     for cell in cells:
-        counts = {arm: len(plan.screened(plan.tried(cell, arm, rows))) for arm in plan.arms}
+        counts = {arm: len(plan.screened(plan.tried(cell, arm, rows))) for arm in plan.arms_in(cell)}
         if len(set(counts.values())) > 1:
             raise ValueError(f"the arms of {cell} have different numbers of trials: {counts}; finish its tuning")
 
@@ -246,12 +246,12 @@ def summary(plan: Plan, found: Fresh, gate: Mapping[str, Gate], missing: Sequenc
     cells = {}
     for cell, arms in found.items():
         baseline = values(arms[gate[cell].baseline])
-        differences = {arm: minus(values(arms[arm]), baseline) for arm in plan.arms}
+        differences = {arm: minus(values(arms[arm]), baseline) for arm in plan.arms_in(cell)}
         cells[cell] = {
             "baseline": gate[cell].baseline,
             "passes": gate[cell].passes,
             "fit": round(100 * gate[cell].fit, 2),
-            "accuracy": {arm: round(fmean(values(arms[arm]).values()), 3) for arm in plan.arms},
+            "accuracy": {arm: round(fmean(values(arms[arm]).values()), 3) for arm in plan.arms_in(cell)},
             "minus": {arm: numbers(gap, interval(gap, len(plan.cells))) for arm, gap in differences.items()},
         }
     primary = [one.facts() for one in contrasts(plan, found, gate)]
@@ -298,7 +298,8 @@ def accuracy_table(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> str:
     """Mean test accuracy of every arm in every cell."""
     lines = []
     for cell, arms in found.items():
-        means = {arm: f"{fmean(values(arms[arm]).values()):.1f}" for arm in plan.arms}
+        ran = plan.arms_in(cell)
+        means = {arm: f"{fmean(values(arms[arm]).values()):.1f}" if arm in ran else "" for arm in plan.arms}
         better = gate[cell].baseline
         means[better] = f"*{means[better]}*"
         lines.append([cell, *means.values()])
@@ -312,6 +313,9 @@ def difference_table(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> str:
     for cell, by_arm in found.items():
         line = [cell]
         for arm in arms:
+            if arm not in plan.arms_in(cell):
+                line.append("")
+                continue
             gap = minus(values(by_arm[arm]), values(by_arm[gate[cell].baseline]))
             line.append(f"{fmean(gap.values()):+.2f} {shown(interval(gap, len(plan.cells)))}")
         lines.append(line)
@@ -341,6 +345,9 @@ def choice_table(plan: Plan, rows: Sequence[Row], found: Fresh) -> str:
     for cell in found:
         line = [cell]
         for arm in plan.arms:
+            if arm not in plan.arms_in(cell):
+                line.append("")
+                continue
             tried = plan.tried(cell, arm, rows)
             choice = plan.choice(tried)
             assert choice is not None

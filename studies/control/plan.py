@@ -63,6 +63,13 @@ class Plan:
         """Name -> arm."""
         return {name: Arm(**options) for name, options in self.settings["arms"].items()}
 
+    def arms_in(self, cell: str) -> dict[str, Arm]:
+        """The arms of a cell: the controls run only in the cells that `cells.controls` names by patterns."""
+        spared = self.settings["cells"].get("controls", {"arms": [], "in": []})
+        if any(fnmatch(cell, pattern) for pattern in spared["in"]):
+            return self.arms
+        return {name: arm for name, arm in self.arms.items() if name not in spared["arms"]}
+
     def chosen_cells(self, patterns: Sequence[str]) -> list[str]:
         """The cells whose names match one of the patterns.
 
@@ -171,7 +178,7 @@ class Plan:
 
     def untuned(self, cell: str, rows: Sequence[Row]) -> list[str]:
         """What is missing in the tuning of a cell, a sentence for each arm."""
-        found, trials = [], {arm: self.tried(cell, arm, rows) for arm in self.arms}
+        found, trials = [], {arm: self.tried(cell, arm, rows) for arm in self.arms_in(cell)}
         wanted = max(self.settings["trials"]["number"], *(len(self.screened(t)) for t in trials.values()))
         rounds = (wanted - self.settings["trials"]["number"]) // self.settings["trials"]["extension"]
         for arm, tried in trials.items():
@@ -186,7 +193,7 @@ class Plan:
     def refusals(self, cell: str, rows: Sequence[Row]) -> list[str]:
         """Why a cell cannot go on to the fresh seeds; nothing if it can."""
         found = self.untuned(cell, rows)
-        for arm in self.arms if self.settings["trials"]["ends"] and not found else ():
+        for arm in self.arms_in(cell) if self.settings["trials"]["ends"] and not found else ():
             choice = self.choice(self.tried(cell, arm, rows))
             assert choice is not None
             found += [

@@ -105,7 +105,7 @@ def tune(plan: Plan, cell: str) -> None:
     """All arms of a cell, with the same number of trials; more for all of them while a choice is on an edge."""
     sizes = plan.settings["trials"]
     for extension in range(sizes["extensions"] + 1):
-        for arm in plan.arms:
+        for arm in plan.arms_in(cell):
             tune_arm(plan, cell, arm, sizes["number"] + extension * sizes["extension"])
         rows = plan.rows()
         if not plan.untuned(cell, rows):
@@ -145,7 +145,7 @@ def fresh(plan: Plan, cell: str) -> None:
     rows = plan.rows()
     if missing := plan.refusals(cell, rows):
         raise ValueError(f"the tuning of {cell} is not complete ({'; '.join(missing)}); run `run.py tune` first")
-    for arm in plan.arms:
+    for arm in plan.arms_in(cell):
         execute(plan, "fresh", cell, arm, [(chosen(plan, cell, arm), seed) for seed in plan.fresh])
     times = read_table(plan.table.with_name("times.csv"))
     of = {arm: median(r["seconds"] for r in times if r["cell"] == cell and r["arm"] == arm) for arm in ("sam", "echo")}

@@ -219,6 +219,15 @@ def test_the_settings_of_the_study_give_every_arm_enough_points_and_no_seed_two_
             assert all(study.neighbours(arm, there) for there in study.neighbours(arm, point))
 
 
+def test_controls_run_only_in_the_cells_that_the_settings_name():
+    study = plan.Plan.read()
+    controls = {"sam-independent", "-m", "noise", "twice"}
+    assert set(study.arms_in("40-bn-static98")) == set(study.arms) > controls
+    for cell in ("40-bn-rigl90", "20-plain-dense", "0-bn-static90"):
+        assert set(study.arms_in(cell)) == set(study.arms) - controls
+    assert list(study.arms_in("20-plain-dense")) == ["sgd", "nesterov", "sam", "+g", "echo"]
+
+
 def test_next_trials_are_untried_neighbours_of_the_best_and_then_of_the_second_best(small_plan):
     first, second = (0.1, 1e-3, 0.1), (0.1, 1e-3, 0.4)
     tried = {first: 0.5, second: 0.4}
