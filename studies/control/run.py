@@ -105,8 +105,11 @@ def tune(plan: Plan, cell: str) -> None:
     """All arms of a cell, with the same number of trials; more for all of them while a choice is on an edge."""
     sizes = plan.settings["trials"]
     for extension in range(sizes["extensions"] + 1):
+        most = max(
+            len(plan.screened(plan.tried(cell, arm))) for arm in plan.arms_in(cell)
+        )  # by other settings, perhaps
         for arm in plan.arms_in(cell):
-            tune_arm(plan, cell, arm, sizes["number"] + extension * sizes["extension"])
+            tune_arm(plan, cell, arm, max(most, sizes["number"] + extension * sizes["extension"]))
         rows = plan.rows()
         if not plan.untuned(cell, rows):
             return
