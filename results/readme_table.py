@@ -1,7 +1,7 @@
-"""Writes the README's table of measurements from the committed files, and nothing else.
+"""Writes the tables of measurements in README.md and docs/measured.md from the committed files, and nothing else.
 
-python results/readme_table.py            # rewrites the part of README.md between the two markers
-python results/readme_table.py --check    # exit code 1 if that part is not what the files say
+python results/readme_table.py            # rewrites the parts between the two markers
+python results/readme_table.py --check    # exit code 1 if one of them is not what the files say
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, WHOLE = ROOT / "README.md", ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- measured: results/readme_table.py -->", "<!-- end of measured -->"
 NAMES = {
-    "s2sam-gradient": "S2-SAM", "s2sam-momentum": "S2-SAM, direction momentum", "sam": "SAM", "rigl": "RigL",
-    "rigl+s2sam": "RigL + S2-SAM", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
+    "s2sam-gradient": "S2-SAM", "s2sam-momentum": "S2-SAM, direction momentum", "echo": "echo", "sam": "SAM",
+    "rigl": "RigL", "rigl+s2sam": "RigL + S2-SAM", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
     "vit-tiny-64-tokens": "ViT-Tiny, 64 tokens",
     "trainer": "dense, SGD", "trainer+s2sam": "dense, S2-SAM", "trainer+rigl+s2sam": "RigL, S2-SAM",
 }  # fmt: skip
@@ -93,6 +93,26 @@ def study(folder: Path) -> Iterator[Row]:
         yield what, f"{gap.mean:+.2f} points", bounds, link
 
 
+def control(folder: Path) -> Iterator[Row]:
+    """The primary contrasts of the control study, once it has run."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return
+    scopes = {
+        "gate": "mean over the {cells} cells that pass the gate",
+        "noisy": "mean over all {cells} cells with wrong labels",
+    }
+    report = (folder / "report.md").relative_to(ROOT)
+    link = f"[control study]({report}), digits, `python studies/control/run.py report`"
+    for one in json.loads(path.read_text())["primaries"]:
+        if not one["n"]:
+            continue
+        where = scopes.get(one["scope"], "").format(**one)
+        what = one["contrast"].partition(": ")[2] + (f", {where}" if where else "")
+        bounds = f"[{one['low']:+.2f}, {one['high']:+.2f}], n = {one['n']}" if "low" in one else "none"
+        yield what, f"{one['mean']:+.2f} points", bounds, link
+
+
 def interval(values: dict[str, Any], digits: int) -> tuple[str, str]:
     """Value and interval as text."""
     low, high = values["interval"]
@@ -106,37 +126,69 @@ def source(path: Path, found: dict[str, Any]) -> str:
     return f"[{where}]({path.relative_to(ROOT)}), `{found['command']}`"
 
 
-def table() -> str:
-    """The Markdown table of everything there is."""
+def rows() -> list[Row]:
+    """Everything there is."""
     results = ROOT / "benchmarks" / "results"
-    rows: list[Row] = []
+    found: list[Row] = []
     for path in sorted(results.glob("step_overhead_*.json")):
-        rows += step_cost(path)
+        found += step_cost(path)
     for path in sorted(results.glob("throughput_*.json")):
-        rows += throughput(path)
+        found += throughput(path)
     for path in sorted(results.glob("packing_*.json")):
-        rows += packing(path)
+        found += packing(path)
     for path in sorted(results.glob("surface_cost_*.json")):
-        rows += surface(path)
-    rows += study(ROOT / "results" / "direction-study")
+        found += surface(path)
+    found += control(ROOT / "studies" / "control")
+    found += study(ROOT / "results" / "direction-study")
+    return found
+
+
+FIRST = (
+    "step time / SGD's, ResNet-32, S2-SAM", "step time / SGD's, ResNet-32, echo", "step time / SGD's, ResNet-32, SAM",
+    "echo minus the better baseline, mean over all", "+g minus the better baseline, mean over all",
+)  # fmt: skip
+"""How the rows of the README begin."""
+
+
+def first(every: list[Row]) -> list[Row]:
+    """The five rows of the README; of a row for several machines, or with a longer name, the first."""
+
+    def begins(row: Row, name: str) -> bool:
+        return f"{row[0]}, ".startswith((f"{name}, ", f"{name} "))
+
+    found = [next((row for row in every if begins(row, name)), None) for name in FIRST]
+    return [row for row in found if row is not None]
+
+
+def table(of: list[Row], page: Path) -> str:
+    """A Markdown table, with links as seen from the page."""
+    up = "" if page.parent == ROOT else "../"
     head = [("measured", "value", "95 % interval", "file and command"), ("---",) * 4]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (*head, *rows))
+    lines = [(*row[:3], row[3].replace("](", f"]({up}")) for row in of]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (*head, *lines))
+
+
+def rewritten(page: Path, of: list[Row]) -> tuple[str, str]:
+    """The text of a page as it is and as it should be."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        sys.exit(f"{page.name} lacks the markers {BEGIN} and {END}; put them where the table belongs")
+    return text, f"{before}{BEGIN}\n\n{table(of, page)}\n\n{END}{after}"
 
 
 def main() -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"README.md lacks the markers {BEGIN} and {END}; put them where the table belongs")
-    new = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-    if check:
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
+    check, every = parser.parse_args().check, rows()
+    for page, of in ((README, first(every)), (WHOLE, every)):
+        text, new = rewritten(page, of)
+        if check and new != text:
+            sys.exit(f"the table in {page.name} is not what the files say; run python results/readme_table.py")
+        if not check:
+            page.write_text(new, encoding="utf-8")
     return 0
 
 
