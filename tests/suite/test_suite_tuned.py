@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from s2sam.suite.execute import run_plan
-from s2sam.suite.schema import parse_suite
+from s2sam.suite.plan import make_plan
+from s2sam.suite.schema import load_suite, parse_suite
 from s2sam.suite.text import runs_csv, to_markdown
 from s2sam.suite.tuned import check_tuned, choose, edge_notes, plan_trials
 
+ROOT = Path(__file__).parents[2]
+TABLES = [path for folder in ("results", "studies") for path in sorted((ROOT / folder).rglob("*.yaml"))]
+SEARCHES = [path for path in TABLES if "\ntuned:" in path.read_text()]
 GRIDS = {"SGD": {"lr": [0.05, 0.1]}, "S2-SAM": {"rho": [0.01, 0.05]}}
 
 
@@ -40,6 +46,14 @@ def test_searches_that_are_not_fair_are_refused(searched, grids, sentence):
     searched["tuned"]["grids"] = grids
     with pytest.raises(ValueError, match=sentence):
         check_tuned(parse_suite(searched))
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_committed_searches_give_every_column_equally_many_trials(path, tmp_path):
+    plan = make_plan(load_suite(path), budget="smoke", mode="tuned", out=tmp_path)
+    counts = Counter((p.cell, p.column) for p in plan_trials(plan))
+    assert len(set(counts.values())) == 1
+    assert {column for _, column in counts} == set(plan.suite.columns)
 
 
 def test_a_table_without_a_search_says_so(small, plan_of):
