@@ -4,7 +4,7 @@ python results/theory/tune_diagonal_network.py     (about 5 minutes on one core;
 
 Every method gets the full grid (SGD, which has no radius, more learning rates instead); the pair with the smallest mean
 test error over 200 problems of seed 10000 is chosen; one that diverges on any of them is out.
-`s2sam.analysis.diagonal_network.ARMS` holds what this chose, and `s2sam bound --suite` draws fresh problems.
+`s2sam.analysis.diagonal_network.ARMS` holds what this chose, and `s2sam theory check` draws fresh problems.
 """
 
 from __future__ import annotations

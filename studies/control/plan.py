@@ -84,6 +84,11 @@ class Plan:
         """What runs on the fresh seeds of a cell: its arms, and SAM for as long as echo takes."""
         return [*self.arms_in(cell), TIMED]
 
+    def rounds(self, cell: str) -> int:
+        """How often the arms of a cell get more trials while a choice is on an edge."""
+        sizes = self.settings["trials"]
+        return int(sizes["extensions"] + sizes.get("more", {}).get(cell, 0))
+
     def chosen_cells(self, patterns: Sequence[str]) -> list[str]:
         """The cells whose names match one of the patterns.
 
@@ -240,7 +245,7 @@ class Plan:
             finalists = sum(set(self.tuning) <= set(v) for v in tried.values())
             if len(done) < wanted or choice is None or finalists < self.settings["trials"]["finalists"]:
                 found.append(f"{arm} has {len(done)} of {wanted} trials and {finalists} finalists")
-            elif self.on_edge(arm, tried, choice) and rounds < self.settings["trials"]["extensions"]:
+            elif self.on_edge(arm, tried, choice) and rounds < self.rounds(cell):
                 found.append(f"{arm} chose a trial with untried neighbours")
         return found
 

@@ -67,7 +67,7 @@ def execute(
 def tune(plan: Plan, cell: str) -> None:
     """All arms of a cell, with the same number of trials; more for all of them while a choice is on an edge."""
     sizes = plan.settings["trials"]
-    for extension in range(sizes["extensions"] + 1):
+    for extension in range(plan.rounds(cell) + 1):
         most = max(
             len(plan.screened(plan.tried(cell, arm))) for arm in plan.arms_in(cell)
         )  # by other settings, perhaps

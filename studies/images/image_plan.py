@@ -291,9 +291,8 @@ def check_images(plan: ImagePlan) -> None:
 
 def tune(plan: ImagePlan, cell: str, pool: Executor | None = None) -> None:
     """All arms of a cell, with the same number of trials; more for all of them while a choice is on an edge."""
-    sizes = plan.settings["trials"]
-    for extension in range(sizes["extensions"] + 1):
-        number = plan.number(cell) + extension * sizes["extension"]
+    for extension in range(plan.rounds(cell) + 1):
+        number = plan.number(cell) + extension * plan.settings["trials"]["extension"]
         while any(wanted := next_runs(plan, cell, number)):
             execute(plan, "tune", cell, dict(zip(plan.arms, wanted, strict=True)), pool)
         if not plan.untuned(cell, plan.rows()):

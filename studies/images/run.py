@@ -28,6 +28,7 @@ sys.path += [str(HERE.parent / "control"), str(HERE.parents[1] / "results")]
 from image_plan import ImagePlan, fresh, tune  # noqa: E402
 from image_report import report  # noqa: E402
 from pooled_images import pooled  # noqa: E402
+from s2sam.train.lock import hold  # noqa: E402
 from s2sam.train.state import choose_device  # noqa: E402
 
 TRAIN, TEST = 500, 1000  #: images of each class that there are
@@ -86,9 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         choose_device(options.device)
         cells = plan.chosen_cells(options.cells)
         plan = ImagePlan.read(variant, out=options.out, data=images(options), device=options.device)
-        plan.table.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
-        with workers(options.threads) as pool:
+        with hold(plan.table.parent), workers(options.threads) as pool:  # two processes would train the same runs
             for i, cell in enumerate(cells, 1):
                 (tune if options.command == "tune" else fresh)(plan, cell, pool)
                 seconds = sum(row["seconds"] for row in plan.rows())

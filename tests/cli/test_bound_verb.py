@@ -1,4 +1,4 @@
-"""`s2sam bound`: table, JSON and plots; exit codes."""
+"""`s2sam theory check` and `s2sam bound`: table, JSON and plots; exit codes."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ def test_table_json_and_plots(suite, tmp_path, capsys, monkeypatch):
     asked = {}
     monkeypatch.setattr(bound_suite, "run_suite", lambda setting, **rest: asked.update(rest, setting=setting) or suite)
     out = tmp_path / "a" / "b"
-    assert main(["bound", "--suite", "--out", str(out), "--seed", "3", "--lr", "0.2"]) == 0
-    assert (asked["seed"], asked["setting"].lr) == (3, 0.2)
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["theory", "check", "--out", str(out), "--seed", "3", "--lr", "0.2"]) == 0
+    assert (asked["seed"], asked["setting"].lr, asked["setting"].momentum) == (3, 0.2, 0.9)
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == ""
     assert lines[1] == "experiment\tsetting\tmeasured\tbound\tholds"
     assert sum(line.endswith("\tyes") for line in lines) == len(suite.checks) == 5
     assert any(line.startswith("Lipschitz\tyes\t-\t") for line in lines)
     assert lines[-1] == "5 of 5 checks hold"
     data = json.loads((out / "bound.json").read_text())
-    assert data["command"].startswith("s2sam bound --suite --out")
+    assert data["command"].startswith("s2sam theory check --out")
     assert data["versions"]["torch"]
     assert [c["control"] for c in data["checks"]][:3] == [False, False, True]
     assert data["checks"][0]["terms"]["radius"] == pytest.approx(0.09)
@@ -51,44 +53,80 @@ def test_table_json_and_plots(suite, tmp_path, capsys, monkeypatch):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_violated_bound_is_exit_code_1(suite, tmp_path, capsys, monkeypatch):
+def test_the_old_name_does_the_same_and_says_the_new_one(suite, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        bound_suite, "run_suite", lambda setting, **rest: asked.append((setting, rest["seed"])) or suite
+    )
+    given = ["--seed", "3", "--lr", "0.2", "--momentum", "0.8", "--c", "0.1"]
+    assert main(["theory", "check", *given]) == 0
+    new = capsys.readouterr()
+    assert main(["bound", "--suite", *given]) == 0
+    old = capsys.readouterr()
+    assert asked[0] == asked[1] and asked[0][0].momentum == 0.8
+    assert old.out == new.out.replace("runs/theory", "runs/bound")
+    assert old.err == "s2sam: s2sam bound --suite is now called `s2sam theory check`\n"
+    theirs, ours = (json.loads((tmp_path / "runs" / name / "bound.json").read_text()) for name in ("bound", "theory"))
+    assert theirs.pop("command").startswith("s2sam bound --suite --seed 3")
+    assert ours.pop("command").startswith("s2sam theory check --seed 3")
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("argv", [["theory", "check"], ["bound", "--suite"]])
+def test_a_violated_bound_is_exit_code_1(suite, tmp_path, capsys, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     worse = dataclasses.replace(suite, checks=[*suite.checks, Check("mean iterate", "made up", 2.0, high=1.0)])
     monkeypatch.setattr(bound_suite, "run_suite", lambda setting, **rest: worse)
-    assert main(["bound", "--suite"]) == 1
+    assert main(argv) == 1
     out = capsys.readouterr().out
     assert "mean iterate\tmade up\t2\t<= 1\tNO" in out
     assert out.splitlines()[-1] == "5 of 6 checks hold"
-    assert (tmp_path / "runs" / "bound" / "measured.png").is_file()  # plots also where no folder is named
+    assert (tmp_path / "runs" / argv[0] / "measured.png").is_file()  # plots also where no folder is named
+
+
+def test_theory_alone_says_what_there_is(capsys):
+    assert main(["theory"]) == 0
+    out = capsys.readouterr().out
+    assert "usage: s2sam theory" in out and "check     run all experiments" in out and "`s2sam bound RUN...`" in out
 
 
 def test_wrong_use_ends_in_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
+    options = [
+        (["--lr", "0"], "lr must be above 0"),
+        (["--momentum", "1"], "momentum must be below 1"),
+        (["--momentum", "0.995"], "at most 0.99"),
+        (["--c", "-1"], "c must be a finite number >= 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--out", str(tmp_path / "file")], "is or goes through a file"),
+        (["--out", str(tmp_path / "file" / "x")], "give --out the name of a folder"),
+    ]
     cases = [
-        ([], "name finished runs, or give --suite"),
-        (["runs/first"], "runs/first is not a run folder"),
-        (["runs/first", "--suite"], "give runs or --suite, not both"),
-        (["runs/first", "--lr", "0.2"], "--lr has no effect without --suite"),
-        (["--suite", "--images", "100"], "--images has no effect with --suite"),
-        (["--suite", "--json"], "--json has no effect with --suite"),
-        (["runs/first", "--images", "x"], "invalid images value: 'x'"),
-        (["runs/first", "--images", "1"], "at least two batches of them, got 1"),
-        (["runs/first", "--steps", "0"], "at least one step"),
-        (["a", "a"], "the same run is named twice"),
-        (["--suite", "--lr", "0"], "lr must be above 0"),
-        (["--suite", "--momentum", "1"], "momentum must be below 1"),
-        (["--suite", "--momentum", "0.995"], "at most 0.99"),
-        (["--suite", "--c", "-1"], "c must be a finite number >= 0"),
-        (["--suite", "--seed", "-1"], "--seed must be at least 0"),
-        (["--suite", "--lr", "fast"], "invalid float value: 'fast'"),
-        (["--suite", "--out", str(tmp_path / "file")], "is or goes through a file"),
-        (["--suite", "--out", str(tmp_path / "file" / "x")], "give --out the name of a folder"),
-        (["--suit"], "there is no option --suit; did you mean --suite?"),
+        (["bound"], "name finished runs (see `s2sam bound --help`)"),
+        (["bound"], "the checks where constants are known are `s2sam theory check`"),
+        (["bound", "runs/first"], "runs/first is not a run folder"),
+        (["bound", "runs/first", "--suite"], "is now called `s2sam theory check`, which is about problems with known"),
+        (["bound", "runs/first", "--lr", "0.2"], "--lr has no effect on runs, it belongs to `s2sam theory check`"),
+        (["bound", "--suite", "--images", "100"], "--images has no effect with --suite"),
+        (["bound", "--suite", "--json"], "--json has no effect with --suite"),
+        (["bound", "runs/first", "--images", "x"], "invalid images value: 'x'"),
+        (["bound", "runs/first", "--images", "1"], "at least two batches of them, got 1"),
+        (["bound", "runs/first", "--steps", "0"], "at least one step"),
+        (["bound", "runs/first", "--seed", "-1"], "--seed must be at least 0"),
+        (["bound", "a", "a"], "the same run is named twice"),
+        (["bound", "--suit"], "there is no option --suit; did you mean --suite?"),
+        (["theory", "chekc"], "unknown theory action 'chekc'; did you mean 'check'?"),
+        (["theory", "check", "runs/first"], "unrecognized arguments: runs/first (see `s2sam theory check --help`)"),
+        (["theory", "check", "--images", "100"], "there is no option --images (see `s2sam theory check --help`)"),
+        *((["bound", "--suite", *argv], sentence) for argv, sentence in options),
+        *((["theory", "check", *argv], sentence) for argv, sentence in options),
     ]
     for argv, sentence in cases:
-        assert main(["bound", *argv]) == 2, argv
+        assert main(argv) == 2, argv
         error = capsys.readouterr().err
-        assert error.startswith("s2sam: error: ") and error.count("\n") == 1
+        assert error.startswith("s2sam: error: ") and error.count("\n") == 1, error
         assert sentence in error, error
 
 

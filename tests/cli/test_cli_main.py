@@ -50,7 +50,8 @@ TYPOS = {
     "data": (["get", "cifar10"], "--url", "--urll"), "config": (["list"], "--help", "--hepl"),
     "report": (["run"], "--surfaces", "--surface"), "surface": ([], "--points", "--pionts=5"),
     "sharpness": (["run"], "--eigenvalues", "--eigenvalue"), "robust": (["run"], "--severities", "--severity"),
-    "bound": (["run"], "--momentum", "--momentun"), "demo": ([], "--epochs", "--epoch"),
+    "bound": (["run"], "--examples", "--exampels"), "theory": (["check"], "--momentum", "--momentun"),
+    "demo": ([], "--epochs", "--epoch"),
     "table": (["name"], "--budget", "--bugdet"), "doctor": ([], "--help", "--halp"),
 }  # fmt: skip
 
@@ -82,6 +83,8 @@ def test_what_is_no_option_has_no_nearest(capsys):
         ["list"],
         ["list", "models"],
         ["config", "show", "digits"],
+        ["theory"],
+        ["theory", "check", "--help"],
         ["train", "--help"],
         ["train", "--print-config"],
     ],

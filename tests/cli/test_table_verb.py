@@ -95,8 +95,22 @@ def test_part_of_a_table_says_so(table, tmp_path, capsys):
     assert "missing" not in printed
     some = call(capsys, "1", "--budget", "smoke", "--rows", "RigL", "--sparsities", 0.98, 0.9, "--list")[1]
     assert (
-        "scaled: sparsities 98 %, 90 % of 90 %, 95 %, 98 %" in some and "12 runs, 0" in some and "rigl_95" not in some
+        "scaled: sparsities 98 %, 90 % of 90 %, 95 %, 98 %" in some and "16 runs, 0" in some and "rigl_95" not in some
     )
+
+
+def test_the_columns_of_the_paper_alone_are_no_scaled_table(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    argv = ["1", "--budget", "smoke", "--list"]
+    whole, paper = call(capsys, *argv)[1], call(capsys, *argv, "--columns", "Original", "SAM", "S2-SAM")[1]
+    assert whole.count("_echo_seed") == 60 and whole.endswith("240 runs, 0 finished\n")
+    kept = [line for line in whole.splitlines() if "_echo_seed" not in line]
+    assert kept[:-1] == paper.splitlines()[:-1] and paper.endswith("180 runs, 0 finished\n")
+    less = call(capsys, *argv, "--columns", "Original", "Echo")[1]
+    assert "scaled: columns Original, Echo of Original, SAM, S2-SAM, Echo" in less
+    assert less.endswith("120 runs, 0 finished\n")
+    tuned = call(capsys, *argv, "--mode", "tuned", "--columns", "Original", "Echo", "--rows", "SET")[1]
+    assert tuned.endswith(f"{3 * 2 * 6 * 2} runs, 0 finished, then {3 * 2 * 2} of the settings chosen\n")
 
 
 def test_settings_of_all_runs_win_over_the_budget_and_are_said(table, tmp_path, capsys):
@@ -126,10 +140,12 @@ def test_a_failure_is_told_by_the_exit_code(table, tmp_path, capsys):
         (["1", "--budget", "short"], "--budget smoke needs no data"),
         (["1", "--budget", "smal"], "invalid choice: 'smal'"),
         (["1", "--budget", "smoke", "--rows", "Rigl"], "unknown row 'Rigl'; did you mean 'RigL'?"),
+        (["1", "--budget", "smoke", "--columns", "Original", "echo"], "unknown column 'echo'; did you mean 'Echo'?"),
+        (["4", "--budget", "smoke", "--columns", "SAM", "Echo"], "the columns SAM, Echo lack Original, with which the"),
         (["1", "--budget", "smoke", "--sparsities", "90"], "'90.0'; did you mean '0.9'? (one of: 0.9, 0.95, 0.98)"),
         (["1", "--budget", "smoke", "--data", "cifar10"], "--data takes cifar10=FOLDER, not 'cifar10'"),
         (["1", "--budget", "smoke", "--data", "cifar=x"], "unknown data of this table 'cifar'; did you mean 'cifar10'"),
-        (["1", "--budget", "smoke", "--read-only"], "180 of 180 runs are missing: cifar-10_lt_90_original_seed1000"),
+        (["1", "--budget", "smoke", "--read-only"], "240 of 240 runs are missing: cifar-10_lt_90_original_seed1000"),
         (["1", "--budget", "smoke", "--jobs", "0"], "--jobs must be at least 1"),
         (["1", "--budget", "smoke", "--seeds", "1", "1"], "none twice"),
         (["1", "--budget", "smoke", "--launcher-option", "a=1"], "needs --launcher ray or --launcher slurm"),

@@ -19,6 +19,7 @@ import image_report
 import plan
 from image_plan import ImageCell, ImagePlan
 from s2sam.train import run
+from s2sam.train.lock import hold
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "40-raw-static80"
@@ -396,6 +397,13 @@ def test_what_cannot_be_done_ends_with_one_sentence_and_code_2(commands, tmp_pat
             commands.main([str(argument) for argument in arguments])
         assert ended.value.code == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_second_process_is_kept_out(commands, tmp_path, capsys):
+    with hold(tmp_path / "smoke"), pytest.raises(SystemExit) as ended:
+        commands.main(["tune", "--smoke", "--out", str(tmp_path), "--data", str(tmp_path / "none.npz")])
+    assert ended.value.code == 2
+    assert "is in use by another process" in capsys.readouterr().err
 
 
 def test_the_script_finds_its_modules():

@@ -6,6 +6,7 @@ import re
 import warnings
 
 import pytest
+import torch
 
 from s2sam.suite.matched import check_matched
 from s2sam.suite.plan import make_plan, slug
@@ -101,6 +102,60 @@ def test_the_treatment_may_differ_and_a_declared_baseline_may_use_nesterov(small
         plan_of(small)
     runs = plan_of(small | {"baselines": ["Nesterov"]}).runs()
     assert {p.column: p.config.optim.nesterov for p in runs} == {"SGD": False, "S2-SAM": False, "Nesterov": True}
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_echo_has_as_many_runs_as_every_column_and_as_many_epochs(name):
+    runs = make_plan(load_suite(name), budget="smoke").runs()
+    by_column = {}
+    for planned in runs:
+        by_column.setdefault(planned.column, []).append(planned)
+    assert set(by_column) == set(load_suite(name).columns)
+    for echo, plain in zip(by_column["Echo"], by_column["Original"], strict=True):
+        assert (echo.cell, echo.config.seed, echo.config.epochs) == (plain.cell, plain.config.seed, plain.config.epochs)
+        assert (echo.config.visits, plain.config.visits) == (2, 1)
+    shape = {"1": 30 * 2, "A.1": 30 * 2, "2": 28 * 2, "3": 4 * 2, "4": 5, "5": 4 * 2, "6": 2}
+    assert len(by_column["Echo"]) == shape[name] and len(runs) == shape[name] * len(by_column)
+
+
+@pytest.mark.parametrize("mode", ["matched", "tuned"])
+def test_an_echo_column_passes_and_has_the_same_batches_twice_in_a_row(small, plan_of, mode):
+    """In as many steps it takes the first half of the batches of the others, in their order and augmented alike."""
+    small["base"]["data_options"] |= {"train_size": 180, "augment": "crop", "mixup": 0.2}
+    small["base"]["epochs"] = 2
+    small["columns"]["Echo"] = {"sharpness": "echo", "rho": 0.04}
+    taken, steps = {}, {}
+    for planned in plan_of(small, mode=mode, seeds=[0]).runs():
+        state = build(planned.config)
+        steps[planned.column] = state.n_steps
+        taken[planned.column] = [state.mix(*batch) for _ in range(2) for batch in state.batches]
+    assert steps["Echo"] == steps["SGD"] == len(taken["Echo"]) == len(taken["SGD"])
+    assert len(taken["SGD"]) == 6  # two epochs of three batches
+    for step, (x, y) in enumerate(taken["Echo"]):
+        assert torch.equal(x, taken["SGD"][step // 2][0]) and torch.equal(y, taken["SGD"][step // 2][1])
+    assert not torch.equal(taken["SGD"][0][0], taken["SGD"][1][0])
+
+
+def test_columns_may_be_left_out(small, plan_of):
+    small["columns"] |= {"Echo": {"sharpness": "echo"}, "Nesterov": {"sharpness": "none", "optim.nesterov": True}}
+    grids = {name: {"lr": [0.1, 0.2]} for name in small["columns"]}
+    small |= {"baselines": ["Nesterov"], "not_in_paper": ["Echo"], "tuned": {"seeds": [7], "grids": grids}}
+    every = ["SGD", "S2-SAM", "Echo", "Nesterov"]
+    for kept, said in (
+        (every, ()),
+        (["SGD", "S2-SAM", "Nesterov"], ()),  # those of the paper: nothing was scaled
+        (["S2-SAM", "SGD"], ("columns S2-SAM, SGD of SGD, S2-SAM, Echo, Nesterov",)),
+        (["SGD", "Echo"], ("columns SGD, Echo of SGD, S2-SAM, Echo, Nesterov",)),
+    ):
+        for mode, most in (("matched", 2), ("tuned", 2)):
+            plan = plan_of(small | {"budgets": {"full": {"columns": kept}}}, mode=mode)
+            names = [name for name in every if name in kept]
+            assert list(plan.suite.columns) == list(plan.suite.tuned.grids) == names
+            assert [planned.column for planned in plan.runs()] == names * most
+            assert plan.scaled == said
+            assert plan.suite.not_in_paper == (("Echo",) if "Echo" in kept else ())
+    with pytest.raises(ValueError, match="the columns S2-SAM lack SGD, with which the others are compared; name it"):
+        plan_of(small | {"budgets": {"full": {"columns": ["S2-SAM"]}}})
 
 
 def test_seeds_must_match_as_well():

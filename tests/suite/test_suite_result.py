@@ -277,3 +277,52 @@ def test_a_baseline_is_named_where_the_columns_are_called_matched(small, plan_of
         "optim.nesterov. Nothing was tuned" in note
         for note in notes
     )
+
+
+def test_a_column_beside_those_of_the_paper_is_marked_and_compared(small, plan_of, table_of):
+    small["columns"]["Echo"] = {"sharpness": "echo", "rho": 0.04}
+    small["rows"]["SET"] = {"method": "set"}
+    top1 = TOP1 | {("Echo", 0): 0.93, ("Echo", 1): 0.93}  # minus SGD: 3 and 1, mean 2
+    table = table_of(plan_of(small | {"not_in_paper": ["Echo"]}), top1)
+    markdown, page = to_markdown(table), render(table)
+    head, _, first, _ = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head.split("|")[2:-2]] == [
+        "90 %: SGD",
+        "90 %: S2-SAM",
+        "90 %: Echo (not in the paper)",
+    ]
+    assert first.split("|")[4].strip() == "93.00 +- 0.00 (+2.00 [-48.92, +52.92])"  # t(1 - .05 / 4 / 2, 1) = 50.9
+    assert "Columns: SGD and S2-SAM as in Table 0 of the paper." in markdown
+    assert "compare with: Echo (left out by --columns SGD S2-SAM)" in markdown
+    assert "Echo minus SGD, mean over 2 cells: +2.00 points" in markdown
+    assert "order of the data (each batch twice in a row: Echo), learning rate" in markdown
+    assert "an epoch has as many steps as in the other columns" in markdown
+    assert '<th scope="col">Echo<small>not in the paper</small></th>' in page
+    assert '<th scope="col">S2-SAM</th>' in page
+    assert "SGD, S2-SAM and Echo, in rows of methods and groups of sparsities. Echo is not in the paper.</p>" in page
+    assert "93.00 &plusmn; 0.00<small>+2.00 [-48.92, +52.92]</small>" in page
+    lines = list(csv.DictReader(io.StringIO(cells_csv(table))))
+    assert {(line["column"], line["in_paper"]) for line in lines} == {("SGD", "yes"), ("S2-SAM", "yes"), ("Echo", "no")}
+    assert {line["difference"] for line in lines if line["column"] == "Echo"} == {"0.020000000000000018"}
+    assert to_rich(table)[0].columns[3].header == "Echo (not in the paper)"
+
+
+def test_without_such_columns_nothing_is_said_of_a_paper_or_of_echo(small, plan_of, table_of):
+    markdown = to_markdown(table_of(plan_of(small)))
+    assert not re.search("not in the paper|Columns:|twice in a row", markdown)
+    lines = csv.DictReader(io.StringIO(cells_csv(table_of(plan_of(small | {"paper": ""})))))
+    assert {line["in_paper"] for line in lines} == {""}
+
+
+def test_the_pooled_lines_of_single_sparsities_know_their_column(small, plan_of, table_of):
+    small["columns"]["Echo at half"] = small["columns"].pop("S2-SAM")
+    top1 = {(name.replace("S2-SAM", "Echo at half"), seed): value for (name, seed), value in TOP1.items()}
+    plan = plan_of(small | {"sparsities": [0.9, 0.95], "not_in_paper": ["Echo at half"]})
+    lines = list(csv.DictReader(io.StringIO(cells_csv(table_of(plan, top1)))))
+    assert [line["in_paper"] for line in lines if line["block"] == "pooled"] == ["no"] * 3
+
+
+def test_a_table_of_the_reference_alone_compares_nothing_and_says_so(small, plan_of, table_of):
+    page = render(table_of(plan_of(small | {"budgets": {"full": {"columns": ["SGD"]}}})))
+    assert "SGD is the only column, so nothing is compared." in page
+    assert "last epoch: SGD, in rows" in page

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from s2sam.registry import list_methods
+from s2sam.sam.single_step import ECHO_RHO, ECHO_SCALE
 from s2sam.suite.plan import make_plan
 from s2sam.suite.schema import KEYS, is_path, load_suite, parse_suite, tables
 from s2sam.suite.tuned import check_tuned
@@ -33,7 +34,19 @@ def test_table_1_has_the_structure_of_the_paper():
     assert list(suite.blocks) == ["CIFAR-10", "CIFAR-100"]
     assert suite.sparsities == (0.9, 0.95, 0.98)
     assert {"LT", "SNIP", "GraSP", "SET", "DSR", "RigL", "MEST (EM)"} <= set(suite.rows)
-    assert list(suite.columns) == ["Original", "SAM", "S2-SAM"]
+    assert list(suite.columns) == ["Original", "SAM", "S2-SAM", "Echo"]
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_every_table_has_echo_beside_the_columns_of_the_paper(name):
+    suite = load_suite(name)
+    assert suite.not_in_paper == ("Echo",) and list(suite.columns)[-1] == "Echo"
+    column = suite.columns["Echo"]
+    assert (column["sharpness"], column["rho"], column["sam.scale"]) == ("echo", ECHO_RHO, ECHO_SCALE)
+    without = suite.columns if suite.tuned is None else suite.tuned.grids
+    assert set(without) == set(suite.columns)
+    if suite.tuned is not None:
+        assert ECHO_RHO in suite.tuned.grids["Echo"]["rho"]
 
 
 @pytest.mark.parametrize("name", sorted(tables()))
@@ -92,6 +105,12 @@ def test_committed_studies_say_what_filters_keep(path):
         ({"tuned": {"seeds": [5], "grids": {"SGD": {"lr": []}}}}, "lr in the grid of SGD names no value"),
         ({"tripwires": {"digits": {"Static": [90.0, 91.0]}}}, "need one accuracy in % for each sparsity"),
         ({"baselines": ["Nesterov"]}, "unknown column of baselines 'Nesterov'"),
+        ({"not_in_paper": ["S2SAM"]}, "unknown column of not_in_paper 'S2SAM'; did you mean 'S2-SAM'?"),
+        ({"not_in_paper": ["S2-SAM"], "paper": ""}, "not_in_paper needs the key paper"),
+        (
+            {"budgets": {"smoke": {"columns": ["SGDD"]}}},
+            "unknown column in the budget smoke 'SGDD'; did you mean 'SGD'",
+        ),
         ({"seeds": [1, 1]}, "none twice"),
         ({"seeds": []}, "at least one seed"),
         ({"seeds": ["a"]}, "whole number"),
@@ -130,7 +149,8 @@ def test_the_example_in_the_docs_is_a_table_and_shows_every_key():
     text = (Path(__file__).parents[2] / "docs" / "tables.md").read_text()
     content = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
     suite = parse_suite(content)
-    assert set(content) == set(KEYS) - {"paper"}
+    assert set(content) == set(KEYS) - {"paper", "not_in_paper"}  # which need a paper, and stand below it
+    assert "`paper:" in text and "`not_in_paper:" in text
     assert suite.blocks["mine"]["data"] == "./my-images"
     check_tuned(suite)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from s2sam.cli.table import dry_run
+from s2sam.report import measure
 from s2sam.report.stats import median_interval
 from s2sam.suite.execute import run_plan
 from s2sam.suite.page import render
@@ -101,6 +102,92 @@ def test_a_round_holds_a_change_of_the_topology(small, plan_of):
     plan = plan_of(small)
     configs = {column: plan.config(plan.cells[0], column, 0) for column in plan.suite.columns}
     assert steps_of(configs) == 60
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(60, 60), (25, 50), (201, 200), (5, 20)])
+def test_a_round_of_echo_has_as_many_first_visits_as_second_ones(small, plan_of, interval, steps):
+    small["rows"] = {"RigL": {"method": "rigl", "sparse.options": {"delta_t": interval}}}
+    small["columns"]["Echo"] = {"sharpness": "echo"}
+    plan = plan_of(small)
+    configs = {column: plan.config(plan.cells[0], column, 0) for column in plan.suite.columns}
+    assert steps_of(configs) == steps
+    del configs["Echo"]
+    assert steps_of(configs) == min(200, max(20, interval))
+
+
+def test_echo_is_fed_each_batch_twice_and_displaced_in_second_visits(small, plan_of, monkeypatch):
+    """Also where a training has an odd number of steps, after which the next one begins with a first visit."""
+    small["base"] |= {"epochs": 1, "data_options": {"train_size": 180}}  # three batches
+    small["columns"] = {"SGD": {"sharpness": "none"}, "Echo": {"sharpness": "echo", "rho": 0.04}}
+    plan, seen = plan_of(small), {}
+
+    def recording(state, x, y):
+        before = [p.detach().clone() for p in state.model.parameters()]
+        moved = []
+        handle = state.model.register_forward_hook(
+            lambda *_: moved.append(not all(map(torch.equal, before, state.model.parameters())))
+        )
+        train_step(state, x, y)
+        handle.remove()
+        seen.setdefault(state.config.sharpness, []).append((x.clone(), *moved))
+        return x, y
+
+    train_step = measure.train_step
+    monkeypatch.setattr(measure, "train_step", recording)
+    configs = {column: plan.config(plan.cells[0], column, 0) for column in plan.suite.columns}
+    found = measure.measure_rounds(configs, rounds=2, steps=4, warm_up=1)
+    assert [len(seconds) for seconds in found.values()] == [2, 2]
+    assert [moved for _, moved in seen["echo"]] == [False, True, False] * 3
+    echo, plain = ([x for x, _ in seen[kind]] for kind in ("echo", "none"))
+    assert len(echo) == len(plain) == 9
+    assert not any(moved for _, moved in seen["none"])
+    for first in (0, 3, 6):
+        assert torch.equal(echo[first], echo[first + 1]) and not torch.equal(echo[first], echo[first + 2])
+    assert torch.equal(echo[0], plain[0]) and torch.equal(echo[2], plain[1])
+
+
+def test_images_of_echo_count_at_each_visit_and_the_distinct_ones_are_said(speed, plan_of):
+    speed["columns"]["Echo"] = {"sharpness": "echo"}
+    plan = plan_of(speed | {"not_in_paper": ["Echo"]})
+    rounds = {column: [0.01] * 10 for column in plan.suite.columns} | {"SAM": [0.02] * 10, "Echo": [0.016] * 10}
+    table = build_throughput(plan, {plan.cells[0]: rounds})
+    *others, echo = table.entries
+    assert (echo.center, echo.distinct, echo.difference) == (4000, 2000, pytest.approx(1.6))  # 64 images in 16 ms
+    assert [entry.distinct for entry in others] == [None] * 3
+    assert "4000 images/s, 2000 distinct (1.60x [1.60, 1.60])" in to_markdown(table)
+    assert "4000 images/s, 2000 distinct<small>1.60x [1.60, 1.60]</small>" in render(table)
+    assert "its images are counted in both, so that half of the images a second are distinct" in to_markdown(table)
+    lines = {line["column"]: line for line in csv.DictReader(io.StringIO(cells_csv(table)))}
+    assert {name: line["distinct_images_per_second"] for name, line in lines.items()} == {
+        "SGD": "", "S2-SAM": "", "SAM": "", "Echo": "2000.0",
+    }  # fmt: skip
+    assert lines["Echo"]["value"] == "4000.0" and lines["SAM"]["value"] == "3200.0"
+    found = {
+        (line["column"], line["images_per_second"], line["distinct_images_per_second"])
+        for line in csv.DictReader(io.StringIO(runs_csv(table)))
+    }
+    assert found == {
+        ("SGD", "6400.0", ""),
+        ("S2-SAM", "6400.0", ""),
+        ("SAM", "3200.0", ""),
+        ("Echo", "4000.0", "2000.0"),
+    }
+
+
+def test_columns_that_were_measured_beside_others_are_not_measured_again(speed, plan_of, console):
+    table = run_plan(plan_of(speed), console=console)
+    path = plan_of(speed).out / "rounds" / "digits_static_90.json"
+    before = path.read_bytes()
+    part = plan_of(speed | {"budgets": {"full": {"rounds": 3, "columns": ["SGD", "SAM"]}}})
+    read = run_plan(part, console=console)
+    assert path.read_bytes() == before
+    assert [(e.column, e.center, e.difference) for e in read.entries] == [
+        (e.column, e.center, e.difference) for e in table.entries if e.column != "S2-SAM"
+    ]
+    assert read.comparisons == 1
+    speed["columns"]["Echo"] = {"sharpness": "echo"}
+    with pytest.raises(ValueError, match="not measured yet"):
+        run_plan(plan_of(speed), console=console, read_only=True)
 
 
 def test_missing_cells_are_not_measured(speed, plan_of, console):

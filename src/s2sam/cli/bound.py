@@ -1,4 +1,4 @@
-"""`s2sam bound --suite`: check the theory where everything is known; `s2sam bound RUN...`: its terms for networks."""
+"""`s2sam bound RUN...`: the terms of the theory's bounds for finished runs, beside what was measured."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2sam.cli import theory
 from s2sam.cli.arguments import Parser
 
-HELP = "check the convergence theorem where constants are known, or evaluate its terms for finished runs"
-CLOSING = """\
-The corollary holds for any displacement that is fixed before its batch is drawn, and is smallest at rho = 0: a
-certificate that S2-SAM does no harm beyond its third term, not a proof that it gains anything. It is not proved for
-two-step SAM and echo, whose direction is that of the same batch; echo's pairs of steps have a bound of their own."""
+HELP = "evaluate the terms of the convergence theorem for finished runs"
 OUT = "runs/bound"
-#: options that belong to one of the two uses, with their defaults
-SUITE = {"lr": 0.1, "momentum": 0.9, "c": 0.05}
+MOVED = "s2sam bound --suite is now called `s2sam theory check`"
+#: options of runs, with their defaults
 RUNS: dict[str, Any] = {"images": 1000, "steps": 10, "examples": 16, "power": 5, "device": "auto", "json": False}
 
 
 def run(argv: list[str]) -> int:
-    """Run the experiments, or probe finished runs; print tables, write JSON and plots.
+    """Probe finished runs; print tables, write JSON and plots. With --suite, the old name, do `s2sam theory check`.
 
     Returns:
-        0; 1 if a bound of the suite is violated, or a control fails to violate the bound it must.
+        0; 1 if --suite finds that a check fails.
 
     Raises:
         ValueError: neither runs nor --suite or both, runs that are not finished or cannot be compared, or an option out
@@ -35,21 +32,25 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if bool(args.runs) == args.suite:
         raise ValueError(
-            "give runs or --suite, not both: the suite is about problems with known constants"
+            f"{MOVED}, which is about problems with known constants and takes no runs"
             if args.suite
-            else "nothing to do: name finished runs, or give --suite to run the verification experiments (see `s2sam "
-            "bound --help`)"
+            else "nothing to do: name finished runs (see `s2sam bound --help`); the checks where constants are known "
+            "are `s2sam theory check`"
         )
-    for name in RUNS if args.suite else SUITE:
+    for name in RUNS if args.suite else theory.BOUNDARY:
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} has no effect {'with' if args.suite else 'without'} --suite; leave it out")
-    for name, default in (SUITE | RUNS).items():
+            why = "with --suite" if args.suite else "on runs, it belongs to `s2sam theory check`"
+            raise ValueError(f"--{name} has no effect {why}; leave it out")
+    command = shlex.join(["s2sam", "bound", *argv])
+    if args.suite:
+        code = theory.check_all(args, command)
+        print(f"s2sam: {MOVED}", file=sys.stderr)
+        return code
+    for name, default in RUNS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must be at least 0 and below 2^63, got {args.seed}")
-    command = shlex.join(["s2sam", "bound", *argv])
-    return _suite(args, command) if args.suite else _runs(args, command)
+    theory.check_seed(args.seed)
+    return _runs(args, command)
 
 
 def _parser() -> Parser:
@@ -57,7 +58,7 @@ def _parser() -> Parser:
 
     parser = Parser(prog="s2sam bound", description=HELP, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder that `s2sam train` has finished")
-    parser.add_argument("--suite", action="store_true", help="run all verification experiments (about a minute)")
+    parser.add_argument("--suite", action="store_true", help="the old name of `s2sam theory check`")
     parser.add_argument(
         "--out", type=Path, default=Path(OUT), metavar="FOLDER", help="of JSON and plots (default: %(default)s)"
     )
@@ -69,10 +70,7 @@ def _parser() -> Parser:
     group.add_argument("--power", type=int, help=f"steps towards the largest curvature (default: {RUNS['power']})")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help=f"default: {RUNS['device']}")
     group.add_argument("--json", action="store_true", default=None, help="print a JSON list instead of the tables")
-    group = parser.add_argument_group("of the suite's stability boundary")
-    group.add_argument("--lr", type=float, help=f"learning rate eta (default: {SUITE['lr']})")
-    group.add_argument("--momentum", type=float, help=f"mu, at most 0.99 (default: {SUITE['momentum']})")
-    group.add_argument("--c", type=float, help=f"rho / ||d||, held fixed (default: {SUITE['c']})")
+    theory.add_boundary(group, hidden=True)  # of --suite
     return parser
 
 
@@ -149,43 +147,3 @@ def _tables(results: Sequence[Mapping[str, Any]]) -> None:
         for r in results for name, terms in r["terms"].items()
     ]  # fmt: skip
     show("terms, each from below", ("run", "bound", *parts, "measured", "factor"), rows)
-
-
-def _suite(args: argparse.Namespace, command: str) -> int:
-    """All verification experiments, a line each."""
-    from s2sam.analysis.bound import ASSUMPTIONS
-    from s2sam.analysis.bound_suite import run_suite
-    from s2sam.analysis.stability import Setting
-    from s2sam.analysis.stability_measured import check_measurable
-    from s2sam.cli.list import show
-    from s2sam.report.bound_plots import make_folder, write_suite
-
-    setting = Setting(lr=args.lr, momentum=args.momentum, c=args.c)
-    check_measurable(setting)
-    make_folder(args.out)
-    suite = run_suite(setting, seed=args.seed, tell=_progress if sys.stderr.isatty() else lambda name: None)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    rows = [
-        (
-            c.experiment,
-            c.setting,
-            f"{c.measured:.4g}" + (f" +- {c.error:.1g}" if c.error else ""),
-            c.limit,
-            "yes" if c.holds else "NO",
-        )
-        for c in suite.checks
-    ]
-    show("bounds", ("experiment", "setting", "measured", "bound", "holds"), rows)
-    used = [(a.name, *("yes" if x else "-" for x in (a.theorem, a.corollary)), a.says) for a in ASSUMPTIONS]
-    show("assumptions", ("assumption", "theorem 1", "corollary", "says"), used)
-    print(CLOSING)
-    for path in write_suite(suite, args.out, command=command):
-        print(path)
-    failed = [c for c in suite.checks if not c.holds]
-    print(f"{len(rows) - len(failed)} of {len(rows)} checks hold")
-    return 1 if failed else 0
-
-
-def _progress(name: str) -> None:
-    print(f"\r\033[K{name} ...", end="", file=sys.stderr, flush=True)

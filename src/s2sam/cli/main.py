@@ -27,8 +27,8 @@ from s2sam.sparse.names import unknown
 #: errors of a disk that takes no more: full, over its quota, or a file of more than the size that is allowed
 FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
 VERBS = (
-    "train", "eval", "list", "data", "config", "report", "surface", "sharpness", "robust", "bound", "demo", "table",
-    "doctor",
+    "train", "eval", "list", "data", "config", "report", "surface", "sharpness", "robust", "bound", "theory", "demo",
+    "table", "doctor",
 )  # fmt: skip
 USAGE = """usage: s2sam VERB [options]
 

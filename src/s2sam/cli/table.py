@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from s2sam.suite.plan import Plan
 
 HELP = "run and write a table of the paper: 1, A.1, 2 to 6"
+SINGULAR = {"blocks": "block", "rows": "row", "sparsities": "sparsity", "columns": "column"}
 LAUNCHERS = ("local", "ray", "slurm")
 
 
@@ -36,7 +37,7 @@ def run(argv: list[str]) -> int:
 
     from s2sam.suite.plan import make_plan
 
-    parts = {"blocks": args.blocks, "rows": args.rows, "sparsities": args.sparsities}
+    parts = {"blocks": args.blocks, "rows": args.rows, "sparsities": args.sparsities, "columns": args.columns}
     suite = narrowed(load_suite(args.table), args.budget, parts)
     suite = changed(suite, args.budget, pairs(args.set, "--set", "KEY=VALUE"))
     plan = make_plan(
@@ -84,6 +85,7 @@ def parser() -> Parser:
     add("--blocks", nargs="+", metavar="BLOCK", help="only these blocks of the table; it says so")
     add("--rows", nargs="+", metavar="ROW", help="only these rows of the table; it says so")
     add("--sparsities", nargs="+", type=float, metavar="SPARSITY", help="only these, such as 0.9 0.95; it says so")
+    add("--columns", nargs="+", metavar="COLUMN", help="only these, the reference among them, such as the paper's")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs alike; the table says so")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
     add("--read-only", action="store_true", help="train nothing: write the table of runs that are there, or refuse")
@@ -92,7 +94,7 @@ def parser() -> Parser:
 
 
 def narrowed(suite: Suite, budget: str, parts: Mapping[str, Sequence[Any] | None]) -> Suite:
-    """The table with the budget limited to these parts of it: blocks, rows, sparsities; None leaves what it has.
+    """The table with the budget limited to these parts of it; None leaves what the budget has.
 
     Raises:
         ValueError: there is no such part; the nearest is named.
@@ -107,7 +109,7 @@ def narrowed(suite: Suite, budget: str, parts: Mapping[str, Sequence[Any] | None
         known = {str(name): name for name in getattr(suite, what)}
         for name in names:
             if str(name) not in known:
-                raise unknown({"blocks": "block", "rows": "row", "sparsities": "sparsity"}[what], str(name), known)
+                raise unknown(SINGULAR[what], str(name), known)
     if size is None or not given:
         return suite
     return replace(suite, budgets={**suite.budgets, budget: replace(size, **given)})

@@ -1,4 +1,4 @@
-"""What `s2sam bound --suite` writes: JSON, and PNG plots of every measured value against its bound."""
+"""What `s2sam theory check` writes: JSON, and PNG plots of every measured value against its bound."""
 
 from __future__ import annotations
 

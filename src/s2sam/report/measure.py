@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain, repeat
 
 from torch import Tensor
 
@@ -42,7 +41,7 @@ class _Arm:
     def __init__(self, config: TrainConfig) -> None:
         self.state: TrainState = build(replace(config, sam=replace(config.sam, stats_every=0)))
         self.state.model.train()
-        self.batches: Iterator[tuple[Tensor, Tensor]] = chain.from_iterable(repeat(self.state.batches))
+        self.batches = _trainings(self.state)
 
     def seconds(self, steps: int) -> float:
         """Take `steps` steps; the seconds they took together. On a CUDA device nothing waits before the last one."""
@@ -52,3 +51,14 @@ class _Arm:
                 train_step(self.state, x, y)
         timer.collect()
         return sum(timer.seconds)
+
+
+def _trainings(state: TrainState) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one training after another, without end.
+
+    Each begins with a first visit, as the radius of echo does, also if the one before had an odd number of steps.
+    """
+    while True:
+        for _ in range(state.config.epochs):
+            yield from state.batches
+        state.batches.restart(state.batches.generator.get_state())

@@ -34,7 +34,9 @@ def check_matched(
 
     Mode matched: sharpness, rho and sam.*, so they share seed, initial weights, order of the data, learning rate,
     weight decay and epochs. A column in `baselines`, which must be one without sharpness, may set optim.nesterov as
-    well. Mode tuned: lr, optim.* and schedule.* too, but neither epochs nor images nor network.
+    well. Mode tuned: lr, optim.* and schedule.* too, but neither epochs nor images nor network. Settings are
+    compared. That the batches of a column with sharpness echo come twice in a row is part of its sharpness, which is
+    free; :func:`s2sam.suite.result.echo_notes` says it on the table.
 
     >>> plain, other = TrainConfig(sharpness="none"), TrainConfig(sharpness="s2sam", lr=0.2)
     >>> check_matched({"SGD": plain, "S2-SAM": other}, "SGD", mode="tuned")

@@ -13,8 +13,9 @@ from s2sam import __version__
 from s2sam.report.svg import PALETTE
 from s2sam.report.tables import percent
 from s2sam.suite.plan import percent_text
-from s2sam.suite.result import TRIPWIRE, Entry, SuiteTable, stands_in
+from s2sam.suite.result import TRIPWIRE, Entry, SuiteTable, listed, stands_in
 from s2sam.suite.text import (
+    NOT_IN_PAPER,
     blocks_of,
     cell_at,
     counts,
@@ -71,7 +72,9 @@ def summary_sentences(table: SuiteTable) -> list[str]:
     if table.measure == "throughput":
         return [f"Step times against {reference}, measured side by side; see the table."]
     compared = [entry for entry in table.entries if entry.difference is not None]
-    if not any(entry.interval for entry in compared):
+    if len(table.plan.suite.columns) == 1:
+        first = f"{reference} is the only column, so nothing is compared."
+    elif not any(entry.interval for entry in compared):
         first = "Without intervals nothing can be concluded; run more seeds."
     else:
         shown = sum(entry.shows != 0 for entry in compared)
@@ -86,8 +89,11 @@ def summary_sentences(table: SuiteTable) -> list[str]:
 
 def _lead(table: SuiteTable) -> str:
     what = LEADS[table.measure]
-    columns = list(table.plan.suite.columns)
-    return f"{what}: {', '.join(columns[:-1])} and {columns[-1]}, in rows of methods and groups of sparsities."
+    suite = table.plan.suite
+    lead = f"{what}: {listed(list(suite.columns))}, in rows of methods and groups of sparsities."
+    if suite.not_in_paper:
+        lead += f" {listed(suite.not_in_paper)} {'is' if len(suite.not_in_paper) == 1 else 'are'} {NOT_IN_PAPER}."
+    return lead
 
 
 def _summary(table: SuiteTable) -> str:
@@ -100,8 +106,11 @@ def _block(table: SuiteTable, block: str) -> str:
     top = "".join(
         f'<th scope="colgroup" class="group" colspan="{len(columns)}">{_text(percent_text(s))}</th>' for s in groups
     )
+    small = f"<small>{NOT_IN_PAPER}</small>"
     second = "".join(
-        f'<th scope="col"{_first(i)}>{_text(column)}</th>' for _ in groups for i, column in enumerate(columns)
+        f'<th scope="col"{_first(i)}>{_text(column)}{small if column in table.plan.suite.not_in_paper else ""}</th>'
+        for _ in groups
+        for i, column in enumerate(columns)
     )
     body = []
     for row in rows_of(table, block):

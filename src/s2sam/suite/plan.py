@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +138,15 @@ def make_plan(
             raise unknown(what, value, known)
     if budget not in suite.budgets:
         raise ValueError(f"the table {suite.name} declares no budget {budget}; it has {', '.join(suite.budgets)}")
-    size, places = suite.budgets[budget], dict(data or {})
+    size, whole, places = suite.budgets[budget], suite, dict(data or {})
+    suite = with_columns(suite, size.columns)
     corrupted = places.pop(CORRUPTED, "") if suite.measure == "robustness" else ""
     needed = _data_names(suite)
     for name in places:
         if name not in needed:
             raise unknown("data of this table", name, needed)
     chosen = check_seeds(seeds, "--seeds") if seeds is not None else suite.seeds[: size.seeds]
-    scaled, missing = _parts(suite, size, len(chosen), custom=seeds is not None), dict[str, None]()
+    scaled, missing = _parts(whole, size, len(chosen), custom=seeds is not None), dict[str, None]()
     cells = []
     for block, in_block in suite.blocks.items():
         for row, in_row in suite.rows.items():
@@ -178,6 +179,24 @@ def make_plan(
     _check_distinct(plan)
     plan.runs()  # in mode tuned before any search: what a grid may hold is free anyway
     return plan
+
+
+def with_columns(suite: Suite, kept: Sequence[str] | None) -> Suite:
+    """The table with these of its columns only, in its own order; None = all.
+
+    Raises:
+        ValueError: the reference is not among them.
+    """
+    if kept is None:
+        return suite
+    if suite.reference not in kept:
+        raise ValueError(
+            f"the columns {', '.join(kept)} lack {suite.reference}, with which the others are compared; name it too"
+        )
+    columns = {name: column for name, column in suite.columns.items() if name in kept}
+    tuned = suite.tuned and replace(suite.tuned, grids={n: g for n, g in suite.tuned.grids.items() if n in columns})
+    baselines, added = (tuple(n for n in names if n in columns) for names in (suite.baselines, suite.not_in_paper))
+    return replace(suite, columns=columns, tuned=tuned, baselines=baselines, not_in_paper=added)
 
 
 def slug(name: str) -> str:
@@ -254,14 +273,15 @@ def _text(value: Any) -> str:
 
 
 def _parts(suite: Suite, size: Budget, seeds: int, *, custom: bool) -> dict[str, None]:
-    """What of the table is left out, as texts."""
+    """What of the table is left out, as texts; a column that the paper does not have may go without a word."""
     notes = []
     for what, kept, names in (
         ("blocks", size.blocks, tuple(suite.blocks)),
         ("rows", size.rows, tuple(suite.rows)),
         ("sparsities", size.sparsities, suite.sparsities),
+        ("columns", size.columns, tuple(suite.columns)),
     ):
-        if kept is not None and set(kept) != set(names):
+        if kept is not None and set(names) - set(kept) - set(suite.not_in_paper if what == "columns" else ()):
             some, every = (", ".join(percent_text(n) if isinstance(n, float) else n for n in s) for s in (kept, names))
             notes.append(f"{what} {some} of {every}")
     rounds = suite.budgets["full"].rounds

@@ -5,8 +5,9 @@ The unit of observation is a run; the value of a run is its test accuracy after 
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from s2sam.suite.matched import VARIANT
 from s2sam.suite.plan import Cell, Plan, Planned, percent_text
 from s2sam.suite.pooled import Pooled, pooled_difference
 from s2sam.suite.provenance import image_notes, provenance, sparsity_notes
+from s2sam.suite.settings import merged
 
 TRIPWIRE = "Tripwire"  #: how the note on a badly tuned reference begins
 #: what is shown in percent
@@ -41,6 +43,7 @@ class Entry:
     state: str = ""  #: why there is no value; "" if there is one
     setting: str = ""  #: what mode tuned chose
     paired: Difference | None = None
+    distinct: float | None = None  #: images a second, each counted once, where a throughput table visits some twice
 
     @property
     def n(self) -> int:
@@ -174,12 +177,12 @@ def possible(interval: Interval | None) -> Interval | None:
 
 def plan_notes(plan: Plan) -> list[str]:
     """What a reader must know about how the table was made."""
-    notes = [f"Missing: {sentence}." for sentence in plan.missing]
+    notes = [*column_notes(plan), *(f"Missing: {sentence}." for sentence in plan.missing)]
     if plan.scaled:
         paper = plan.suite.paper or "the full budget"
-        listed = "; ".join(plan.scaled)
+        changes = "; ".join(plan.scaled)
         by = f"--budget {plan.budget.name} or by --set"
-        notes.append(f"Scaled by {by}, so these are not the numbers of {paper}: {listed}.")
+        notes.append(f"Scaled by {by}, so these are not the numbers of {paper}: {changes}.")
         if any(change.startswith("epochs ") for change in plan.scaled):
             notes.append("Fewer epochs reward fast optimisation: what wins here need not win at the full budget.")
     if stands_in(plan):
@@ -190,11 +193,63 @@ def plan_notes(plan: Plan) -> list[str]:
     if plan.mode == "matched":
         plain = " and ".join(plan.suite.baselines)
         but = f", and {plain} (another plain optimizer, as a baseline) in {VARIANT}" if plain else ""
+        twice = f" (each batch twice in a row: {listed(echo)})" if (echo := with_echo(plan)) else ""
         notes.append(
-            "Mode matched: in a row all columns share seeds, initial weights, order of the data, learning rate, weight "
-            f"decay and epochs; they differ in sharpness, rho and sam.* only{but}. Nothing was tuned for any column."
+            "Mode matched: in a row all columns share seeds, initial weights, order of the data"
+            f"{twice}, learning rate, weight decay and epochs; they differ in sharpness, rho and sam.* only{but}. "
+            "Nothing was tuned for any column."
         )
-    return notes
+    return notes + echo_notes(plan)
+
+
+def column_notes(plan: Plan) -> list[str]:
+    """Which columns are those of the paper, where the table has others too."""
+    suite = plan.suite
+    if not suite.not_in_paper:
+        return []
+    published = [column for column in suite.columns if column not in suite.not_in_paper]
+    return [
+        f"Columns: {listed(published)} as in {suite.paper} of the paper. Not in the paper, so that there is no "
+        f"published number to compare with: {listed(suite.not_in_paper)} (left out by --columns "
+        f"{shlex.join(published)})."
+    ]
+
+
+def with_echo(plan: Plan) -> list[str]:
+    """The columns in which every batch comes twice in a row."""
+    cells = [cell.settings for cell in plan.runnable]
+    return [
+        column
+        for column, settings in plan.suite.columns.items()
+        if any(merged(cell, settings).get("sharpness") == "echo" for cell in cells)
+    ]
+
+
+def echo_notes(plan: Plan) -> list[str]:
+    """What columns with echo see of the data, and that they take as many steps as the others."""
+    found = with_echo(plan)
+    if not found:
+        return []
+    what = (
+        f"{listed(found)}: every batch comes twice in a row, and the second visit is displaced by the gradient of the "
+        "first. A visit is a step with one gradient"
+    )
+    if plan.suite.measure == "throughput":
+        return [f"{what}; its images are counted in both, so that half of the images a second are distinct."]
+    return [
+        f"{what}, and an epoch has as many steps as in the other columns. The batches are those of the other columns, "
+        "in the same order and augmented alike, but as many steps see only the first half of them."
+    ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """As in "A, B and C".
+
+    >>> listed(["SGD", "SAM", "Echo"]), listed(["SGD"])
+    ('SGD, SAM and Echo', 'SGD')
+    """
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def stands_in(plan: Plan) -> bool:

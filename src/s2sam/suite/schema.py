@@ -23,10 +23,10 @@ BUDGETS = ("full", "short", "smoke")
 MODES = ("matched", "tuned")
 DATA = ("digits", "cifar10", "cifar100")  #: that `s2sam data get` or scikit-learn brings
 KEYS = (
-    "title", "paper", "measure", "base", "blocks", "rows", "sparsities", "columns", "reference", "baselines", "planned",
-    "seeds", "budgets", "tuned", "tripwires",
+    "title", "paper", "measure", "base", "blocks", "rows", "sparsities", "columns", "reference", "baselines",
+    "not_in_paper", "planned", "seeds", "budgets", "tuned", "tripwires",
 )  # fmt: skip
-BUDGET_KEYS = ("seeds", "blocks", "rows", "sparsities", "rounds", "set", "stand_in")
+BUDGET_KEYS = ("seeds", "blocks", "rows", "sparsities", "columns", "rounds", "set", "stand_in")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Budget:
     blocks: tuple[str, ...] | None = None
     rows: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
+    columns: tuple[str, ...] | None = None
     rounds: int = 15  #: of a throughput measurement
     set: Settings = field(default_factory=dict)
     stand_in: Settings = field(default_factory=dict)  #: on top of `set` where the data are not given
@@ -67,6 +68,7 @@ class Suite:
     columns: dict[str, Settings]
     reference: str
     baselines: tuple[str, ...]  #: columns that are another plain optimizer: these may set optim.nesterov
+    not_in_paper: tuple[str, ...]  #: columns that were added to those of the paper
     planned: tuple[str, ...]  #: methods, models and data that this version may not have yet
     seeds: tuple[int, ...]
     budgets: dict[str, Budget]
@@ -130,6 +132,9 @@ def parse_suite(content: Any, *, name: str = "table", description: str = "") -> 
     rows, columns = _layers(top["rows"], "row"), _layers(top["columns"], "column")
     sparsities, reference = _sparsities(top["sparsities"]), str(top["reference"])
     baselines = _subset(top.get("baselines", ()), columns, "column of baselines")
+    not_in_paper = _subset(top.get("not_in_paper", ()), columns, "column of not_in_paper")
+    if not_in_paper and not top.get("paper"):
+        raise ValueError(f"not_in_paper needs the key paper: in which table is there no column {not_in_paper[0]}?")
     planned = tuple(map(str, _list(top.get("planned", ()), "planned")))
     measure = str(top.get("measure", "accuracy"))
     if measure not in MEASURES:
@@ -143,11 +148,12 @@ def parse_suite(content: Any, *, name: str = "table", description: str = "") -> 
     given = _mapping(top.get("budgets", {}), "budgets")
     _only(given, BUDGETS, "budget")
     for key, value in given.items():
-        budgets[key] = _budget(key, _mapping(value or {}, f"the budget {key}"), blocks, rows, sparsities)
+        budgets[key] = _budget(key, _mapping(value or {}, f"the budget {key}"), blocks, rows, sparsities, columns)
     return Suite(
         name=name, description=description, title=str(top["title"]), paper=str(top.get("paper", "")), measure=measure,
         base=base, blocks=blocks, rows=rows, sparsities=sparsities, columns=columns, reference=reference,
-        baselines=baselines, planned=planned, seeds=check_seeds(top["seeds"], "seeds"), budgets=budgets,
+        baselines=baselines, not_in_paper=not_in_paper, planned=planned, seeds=check_seeds(top["seeds"], "seeds"),
+        budgets=budgets,
         tuned=_tuned(top["tuned"], columns) if "tuned" in top else None,
         tripwires=_tripwires(top.get("tripwires", {}), blocks, rows, sparsities),
     )  # fmt: skip
@@ -199,7 +205,12 @@ def check_seeds(value: Any, what: str) -> tuple[int, ...]:
 
 
 def _budget(
-    name: str, content: Mapping[str, Any], blocks: Iterable[str], rows: Iterable[str], sparsities: tuple[float, ...]
+    name: str,
+    content: Mapping[str, Any],
+    blocks: Iterable[str],
+    rows: Iterable[str],
+    sparsities: tuple[float, ...],
+    columns: Iterable[str],
 ) -> Budget:
     _only(content, BUDGET_KEYS, f"key of the budget {name}")
     for key in ("seeds", "rounds"):
@@ -216,7 +227,9 @@ def _budget(
         name, content.get("seeds"),
         _subset(content["blocks"], blocks, f"block in the budget {name}") if "blocks" in content else None,
         _subset(content["rows"], rows, f"row in the budget {name}") if "rows" in content else None,
-        chosen, content.get("rounds", 15), *parts,
+        chosen,
+        _subset(content["columns"], columns, f"column in the budget {name}") if "columns" in content else None,
+        content.get("rounds", 15), *parts,
     )  # fmt: skip
 
 

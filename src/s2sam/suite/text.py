@@ -14,22 +14,24 @@ from s2sam.suite.plan import Cell, percent_text
 from s2sam.suite.pooled import Pooled, side
 from s2sam.suite.provenance import code_of, digest_of
 from s2sam.suite.result import Entry, SuiteTable, one_line, possible
+from s2sam.suite.schema import Suite
 from s2sam.suite.tuned import trials_of
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 DASH = "-"
+NOT_IN_PAPER = "not in the paper"
 CELL_HEAD = (
     "block", "row", "model", "data", "sparsity", "column", "reference", "measure", "n", "seeds", "value", "sd",
     "difference", "low", "high", "level", "comparisons", "shows", "state", "setting", "low_over_seeds",
-    "high_over_seeds", "correlation",
+    "high_over_seeds", "correlation", "in_paper", "distinct_images_per_second",
 )  # fmt: skip
 RUN_HEAD = (
     "block", "row", "sparsity", "column", "trial", "seed", "state", "test_top1", "val_top1", "test_loss", "best_epoch",
     "measured_sparsity", "step_seconds", "epochs", "train_images", "test_images", "data_digest", "code", "folder",
 )  # fmt: skip
-ROUND_HEAD = ("block", "row", "sparsity", "column", "round", "images_per_second")
+ROUND_HEAD = ("block", "row", "sparsity", "column", "round", "images_per_second", "distinct_images_per_second")
 
 
 def value_text(entry: Entry, measure: str) -> str:
@@ -37,7 +39,8 @@ def value_text(entry: Entry, measure: str) -> str:
     if entry.center is None:
         return entry.state.partition(":")[0] or DASH
     if measure == "throughput":
-        return f"{entry.center:.0f} images/s"
+        twice = "" if entry.distinct is None else f", {entry.distinct:.0f} distinct"
+        return f"{entry.center:.0f} images/s{twice}"
     return percent(entry.center) + ("" if entry.spread is None else f" +- {percent(entry.spread)}")
 
 
@@ -88,7 +91,8 @@ def to_markdown(table: SuiteTable) -> str:
     for block in blocks_of(table):
         parts += [f"## {block}", ""]
         groups = sparsities_of(table, block)
-        head = ["", *(f"{percent_text(s)}: {column}" for s in groups for column in suite.columns), "n"]
+        titles = [column_title(suite, column) for column in suite.columns]
+        head = ["", *(f"{percent_text(s)}: {title}" for s in groups for title in titles), "n"]
         grid = [head, *(_row(table, block, row, groups) for row in rows_of(table, block))]
         parts += [*markdown_grid(grid), ""]
     if table.pooled:
@@ -103,6 +107,11 @@ def heading(table: SuiteTable) -> str:
     return f"{paper}{table.plan.suite.title}"
 
 
+def column_title(suite: Suite, column: str) -> str:
+    """The head of a column, which says so if the paper does not have it."""
+    return f"{column} ({NOT_IN_PAPER})" if column in suite.not_in_paper else column
+
+
 def cells_csv(table: SuiteTable) -> str:
     """One line for each cell and column, unrounded; accuracies and differences are fractions."""
     reference = table.plan.suite.reference
@@ -114,16 +123,17 @@ def cells_csv(table: SuiteTable) -> str:
             "model": e.cell.settings.get("model"), "data": e.cell.settings.get("data"), "n": e.n,
             "seeds": " ".join(map(str, e.values)) if table.measure != "throughput" else table.plan.seeds[0],
             "value": e.center, "sd": e.spread, "difference": e.difference, "comparisons": table.comparisons,
-            "shows": e.shows, "state": e.state, "setting": e.setting,
+            "shows": e.shows, "state": e.state, "setting": e.setting, "distinct_images_per_second": e.distinct,
         }  # fmt: skip
-        lines.append(shared | line | _ends(e.interval))
+        lines.append(shared | line | _in_paper(table, e.column) | _ends(e.interval))
     for column, p in table.pooled.items():
         line = {
             "block": "pooled", "row": f"{p.cells} cells", "column": column, "sd": p.deviation, "difference": p.mean,
             "comparisons": p.comparisons, "shows": p.shows, "state": f"df {p.freedom}", "correlation": p.correlation,
         }  # fmt: skip
         over_seeds = {f"{key}_over_seeds": value for key, value in _ends(possible(p.over_seeds)).items()}
-        lines.append(shared | line | _ends(possible(p.interval)) | over_seeds)
+        name = column.rpartition(" at ")[0] if column not in table.plan.suite.columns else column
+        lines.append(shared | line | _in_paper(table, name) | _ends(possible(p.interval)) | over_seeds)
     return _csv(CELL_HEAD, lines)
 
 
@@ -134,7 +144,11 @@ def runs_csv(table: SuiteTable) -> str:
     """
     lines: list[dict[str, Any]] = []
     for e in table.entries if table.measure == "throughput" else ():
-        lines += [_place(e.cell, e.column) | {"round": i, "images_per_second": v} for i, v in e.values.items()]
+        share = e.distinct / e.center if e.distinct is not None and e.center else None
+        for index, speed in e.values.items():
+            distinct = None if share is None else share * speed
+            numbers = {"round": index, "images_per_second": speed, "distinct_images_per_second": distinct}
+            lines.append(_place(e.cell, e.column) | numbers)
     for planned, run in (*table.screening.items(), *table.runs.items()):
         line = {key: run.final.get(key) for key in RUN_HEAD} | _place(planned.cell, planned.column)
         line |= {
@@ -161,7 +175,7 @@ def to_rich(table: SuiteTable) -> list[RichTable]:
         shown = RichTable(box=box.SIMPLE_HEAD, title=block, title_justify="left", title_style="bold", show_edge=False)
         shown.add_column("")
         for column in table.plan.suite.columns:
-            shown.add_column(column, justify="right")
+            shown.add_column(column_title(table.plan.suite, column), justify="right")
         for sparsity in sparsities_of(table, block):
             shown.add_section()
             shown.add_row(Text(percent_text(sparsity), style="bold"))
@@ -231,6 +245,11 @@ def _row(table: SuiteTable, block: str, row: str, groups: Iterable[float]) -> li
 
 def _place(cell: Cell, column: str) -> dict[str, Any]:
     return {"block": cell.block, "row": cell.row, "sparsity": cell.sparsity, "column": column}
+
+
+def _in_paper(table: SuiteTable, column: str) -> dict[str, Any]:
+    suite = table.plan.suite
+    return {"in_paper": "no" if column in suite.not_in_paper else "yes"} if suite.paper else {}
 
 
 def _ends(interval: Interval | None) -> dict[str, float]:

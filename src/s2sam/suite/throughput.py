@@ -42,7 +42,8 @@ def measure_cells(plan: Plan, console: Console, *, read_only: bool = False) -> d
                 continue
             console.print(f"measuring {cell.label}", markup=False)
             _measure(path, _configs(plan, cell), plan.budget.rounds)
-        found[cell] = load_rounds(path)
+        seconds = load_rounds(path)
+        found[cell] = {column: seconds[column] for column in plan.suite.columns}
     if absent:
         raise ValueError(f"not measured yet: {', '.join(absent)}; run the table without --read-only")
     return found
@@ -85,7 +86,9 @@ def build_throughput(
             batch = plan.config(cell, column, plan.seeds[0]).batch_size
             speeds = {index: batch / seconds for index, seconds in enumerate(own)}
             ratios = [a / b for a, b in zip(own, base, strict=True)]
-            entry = Entry(cell, column, speeds, batch / median(own))
+            visits = plan.config(cell, column, plan.seeds[0]).visits
+            distinct = batch / median(own) / visits if visits > 1 else None
+            entry = Entry(cell, column, speeds, batch / median(own), distinct=distinct)
             if column != reference:
                 interval = median_interval(ratios, level=1 - (1 - LEVEL) / comparisons)
                 entry = replace(entry, difference=median(ratios), interval=interval, equal=1.0)
@@ -104,9 +107,14 @@ def build_throughput(
 
 
 def steps_of(configs: Mapping[str, TrainConfig]) -> int:
-    """Steps of a round: those between two changes of the topology, so that one is in every round; 20 to 200."""
+    """Steps of a round: those between two changes of the topology, so that one is in every round; 20 to 200.
+
+    Twice as many where that is an odd number and batches come twice: first and second visits cost differently, and
+    every round then has as many of one as of the other.
+    """
     intervals = [config.method_options.get("delta_t", 0) for config in configs.values()]
-    return min(200, max(20, *intervals))
+    steps = min(200, max(20, *intervals))
+    return 2 * steps if steps % 2 and any(config.visits == 2 for config in configs.values()) else steps
 
 
 def _configs(plan: Plan, cell: Cell) -> dict[str, TrainConfig]:
@@ -132,7 +140,10 @@ def _measure(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> Non
 
 
 def _same(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> bool:
-    """True if the file holds that many rounds of these settings, and where they were measured; False if damaged."""
+    """True if the file holds that many rounds of these settings, and where they were measured; False if damaged.
+
+    It may hold more columns than are asked for (`--columns`): these were measured beside them.
+    """
     from s2sam.train.resume import differences
 
     if not path.is_file():
@@ -143,7 +154,7 @@ def _same(path: Path, configs: Mapping[str, TrainConfig], rounds: int) -> bool:
             fit(content, {"environment": {...: object}, "configs": {...: {...: object}}})
             seconds, saved = load_rounds(path), content["configs"]
             made_by([content["environment"]])
-            return seconds.keys() == saved.keys() == configs.keys() and not any(
+            return seconds.keys() == saved.keys() >= configs.keys() and not any(
                 len(seconds[column]) != rounds or any(differences(config.as_dict(), saved[column]))
                 for column, config in configs.items()
             )

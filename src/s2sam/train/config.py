@@ -350,6 +350,11 @@ class TrainConfig:
         return Path("runs", self.name) if self.out is None else Path(self.out)
 
     @property
+    def visits(self) -> int:
+        """Steps in a row that are taken on the same batch: 2 with echo, else 1."""
+        return 2 if self.sharpness == "echo" else 1
+
+    @property
     def method_options(self) -> dict[str, Any]:
         """The entries of `sparse.options` that the method knows."""
         if self.method == "dense":

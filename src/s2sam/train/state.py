@@ -225,7 +225,7 @@ def build(config: TrainConfig, *, init: bool = True) -> TrainState:
     batches = Batches(
         data.train_x, data.train_y, config.batch_size, generator(config.seed, "data"), augment,
         drop_last=images > config.batch_size and images % config.batch_size == 1,  # BatchNorm cannot train on one image
-        visits=2 if config.sharpness == "echo" else 1,
+        visits=config.visits,
     )  # fmt: skip
     optimizer = make_optimizer(model, config.optim, config.lr)
     sparsifier = None
