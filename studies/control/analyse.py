@@ -13,7 +13,9 @@ from s2sam.report.stats import Interval, t_interval
 
 LEVEL, PRIMARIES = 0.95, 7  #: four slopes and three means
 GATE_FIT = 0.10  #: by how much SGD must fit its noisy labels beyond the share of right ones
-GRAIN = 100 / 359  #: points of one test image
+GRAIN = Plan.grain
+#: scopes of means over cells, and what the table calls them in place of the contrast's name
+SCOPES = {"gate": "", "noisy": "all cells with wrong labels", "clean": ""}
 BySeed = dict[int, float]
 Fresh = dict[str, dict[str, dict[int, Row]]]  #: cell -> arm -> seed -> row
 
@@ -76,7 +78,7 @@ def report(plan: Plan) -> str:
     ]  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     plan.table.with_name("report.md").write_text(text, encoding="utf-8")
-    facts = json.dumps(summary(plan, found, gate, missing, equal), indent=1)
+    facts = json.dumps(summary(plan, found, gate, missing, equal=equal), indent=1)
     plan.table.with_name("summary.json").write_text(facts + "\n", encoding="utf-8")
     return text
 
@@ -89,7 +91,7 @@ def whole_cells(plan: Plan, rows: Sequence[Row]) -> tuple[Fresh, list[str]]:
             every.setdefault(row["cell"], {}).setdefault(row["arm"], {})[row["seed"]] = row
     found, missing = {}, []
     for cell in plan.cells:
-        lacks = [a for a in (*plan.arms_in(cell), TIMED) if set(every.get(cell, {}).get(a, {})) != set(plan.fresh)]
+        lacks = [a for a in plan.fresh_arms(cell) if set(every.get(cell, {}).get(a, {})) != set(plan.fresh)]
         if lacks:
             missing.append(f"{cell} lacks fresh runs of {', '.join(lacks)}")
         else:
@@ -157,9 +159,9 @@ def averaged(several: Sequence[BySeed]) -> BySeed:
     return {seed: fmean(one[seed] for one in several) for seed in several[0]}
 
 
-def interval(by_seed: BySeed, comparisons: int) -> Interval | None:
-    """Student's t over the seeds, Bonferroni over the comparisons."""
-    return t_interval(list(by_seed.values()), level=LEVEL, comparisons=comparisons, grain=GRAIN)
+def interval(by_seed: BySeed, comparisons: int, grain: float = GRAIN) -> Interval | None:
+    """Student's t over the seeds, Bonferroni over the comparisons; `grain` is the points of one test image."""
+    return t_interval(list(by_seed.values()), level=LEVEL, comparisons=comparisons, grain=grain)
 
 
 def shown(found: Interval | None) -> str:
@@ -190,7 +192,7 @@ class Gate:
     ) -> None:
         self.baseline = better_baseline(plan, rows, cell)
         self.gain = minus(values(arms["sam"]), values(arms[self.baseline]))
-        self.interval = interval(self.gain, comparisons)
+        self.interval = interval(self.gain, comparisons, plan.grain)
         right = 1 - plan.cells[cell].noise
         self.tuned_fit = fmean(row["train"] for row in arms["sgd"].values()) - right
         self.fit = self.tuned_fit if common is None else fmean(r["train"] for r in common["sgd"].values()) - right
@@ -226,7 +228,8 @@ class Contrast:
 
     Args:
         name: as protocol.md numbers it.
-        scope: "gate" (cells that pass it), "noisy" (all with wrong labels) or the network of a slope.
+        scope: "gate" (cells that pass it), "noisy" (all with wrong labels), "clean" (some with right ones), or the
+            network of a slope.
         cells: how many there are.
         by_seed: its values; empty if it cannot be computed.
         bounds: joint interval.
@@ -242,8 +245,8 @@ class Contrast:
 
     def line(self) -> list[str]:
         """A row of the table."""
-        title = "all cells with wrong labels" if self.scope == "noisy" else self.name
-        count = f"{self.cells}" if self.scope in ("gate", "noisy") else ""
+        title = SCOPES.get(self.scope) or self.name
+        count = f"{self.cells}" if self.scope in SCOPES else ""
         if not self.by_seed:
             return [title, count, "", "", self.says]
         return [title, count, f"{fmean(self.by_seed.values()):+.2f}", shown(self.bounds), self.says]
@@ -262,22 +265,39 @@ def numbers(by_seed: BySeed, bounds: Interval | None) -> dict[str, object]:
     return {"n": len(by_seed), "mean": round(fmean(by_seed.values()), 3)} | ends
 
 
-def contrasts(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> list[Contrast]:
-    """All primary contrasts, the first three once over the cells that pass and once over all with wrong labels."""
-    margin = float(plan.settings["margin"])
+COMPARED = (("1", "echo", ""), ("2", "echo", "sam"), ("3", "+g", ""))  #: number, arm, other arm ("": the baseline)
+
+
+def means(plan: Plan, found: Fresh, gate: Mapping[str, Gate], comparisons: int) -> list[Contrast]:
+    """Contrasts 1 to 3, once over the cells that pass the gate and once over all with wrong labels."""
     noisy = [cell for cell in found if gate[cell].noisy]
     passed = [cell for cell in noisy if gate[cell].passes]
-    out = []
-    for number, arm, other in (("1", "echo", ""), ("2", "echo", "sam"), ("3", "+g", "")):
-        name = f"{number}: {arm} minus {other or 'the better baseline'}"
-        for scope, cells in (("gate", passed), ("noisy", noisy)):
-            if not cells:
-                out.append(Contrast(name, scope, 0, {}, None, "no cell passes the gate: nothing can be said"))
-                continue
-            gap = averaged([minus(values(found[c][arm]), values(found[c][other or gate[c].baseline])) for c in cells])
-            bounds = interval(gap, PRIMARIES)
-            says = non_inferior(bounds, margin) if other else direction(bounds)
-            out.append(Contrast(name, scope, len(cells), gap, bounds, says))
+    return [
+        mean_over(plan, found, gate, one, scope, cells, comparisons)
+        for one in COMPARED
+        for scope, cells in (("gate", passed), ("noisy", noisy))
+    ]
+
+
+def mean_over(
+    plan: Plan, found: Fresh, gate: Mapping[str, Gate], compared: tuple[str, str, str], scope: str,
+    cells: Sequence[str], comparisons: int,
+) -> Contrast:  # fmt: skip
+    """One of the contrasts that are a mean over cells."""
+    number, arm, other = compared
+    name = f"{number}: {arm} minus {other or 'the better baseline'}"
+    if not cells:
+        says = "no cell passes the gate: nothing can be said" if scope == "gate" else "none of its cells has run"
+        return Contrast(name, scope, 0, {}, None, says)
+    gap = averaged([minus(values(found[c][arm]), values(found[c][other or gate[c].baseline])) for c in cells])
+    bounds = interval(gap, comparisons, plan.grain)
+    says = non_inferior(bounds, float(plan.settings["margin"])) if other else direction(bounds)
+    return Contrast(name, scope, len(cells), gap, bounds, says)
+
+
+def contrasts(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> list[Contrast]:
+    """All primary contrasts, the first three once over the cells that pass and once over all with wrong labels."""
+    out = means(plan, found, gate, PRIMARIES)
     for network in plan.settings["cells"]["networks"]:
         for arm in ("echo", "sam"):
             slopes = slope(plan, found, gate, network, arm)
@@ -292,9 +312,14 @@ def contrasts(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> list[Contra
 
 
 def summary(
-    plan: Plan, found: Fresh, gate: Mapping[str, Gate], missing: Sequence[str], equal: Fresh
+    plan: Plan,
+    found: Fresh,
+    gate: Mapping[str, Gate],
+    missing: Sequence[str],
+    primary: Sequence[Contrast] | None = None,
+    equal: Fresh | None = None,
 ) -> dict[str, object]:
-    """What summary.json holds, for pages that quote numbers."""
+    """What summary.json holds, for pages that quote numbers; the primary contrasts are this study's own, or given."""
     cells = {}
     for cell, arms in found.items():
         baseline = values(arms[gate[cell].baseline])
@@ -304,17 +329,19 @@ def summary(
             "passes": gate[cell].passes,
             "fit": round(100 * gate[cell].fit, 2),
             "accuracy": {arm: round(fmean(values(arms[arm]).values()), 3) for arm in plan.arms_in(cell)},
-            "minus": {arm: numbers(gap, interval(gap, len(plan.cells))) for arm, gap in differences.items()},
+            "minus": {
+                arm: numbers(gap, interval(gap, len(plan.cells), plan.grain)) for arm, gap in differences.items()
+            },
         }
-    primary = [one.facts() for one in contrasts(plan, found, gate)]
+    facts = [one.facts() for one in (contrasts(plan, found, gate) if primary is None else primary)]
     common = {}
-    for cell, arms in equal.items():
+    for cell, arms in (equal or {}).items():
         gaps = {arm: minus(values(arms[arm]), values(arms["sgd"])) for arm in MAIN[1:]}
         common[cell] = {
             "sgd": round(fmean(values(arms["sgd"]).values()), 3),
-            "minus sgd": {arm: numbers(gap, interval(gap, len(plan.cells))) for arm, gap in gaps.items()},
+            "minus sgd": {arm: numbers(gap, interval(gap, len(plan.cells), plan.grain)) for arm, gap in gaps.items()},
         }
-    return {"missing": list(missing), "primaries": primary, "cells": cells, "at one setting": common}
+    return {"missing": list(missing), "primaries": facts, "cells": cells, "at one setting": common}
 
 
 def direction(bounds: Interval | None, above: str = "a gain", below: str = "a loss") -> str:
@@ -376,7 +403,7 @@ def difference_table(plan: Plan, found: Fresh, gate: Mapping[str, Gate]) -> str:
                 line.append("")
                 continue
             gap = minus(values(by_arm[arm]), values(by_arm[gate[cell].baseline]))
-            line.append(f"{fmean(gap.values()):+.2f} {shown(interval(gap, len(plan.cells)))}")
+            line.append(f"{fmean(gap.values()):+.2f} {shown(interval(gap, len(plan.cells), plan.grain))}")
         lines.append(line)
     return table(["cell", *arms], lines)
 

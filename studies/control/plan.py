@@ -1,22 +1,31 @@
-"""The plan of the control study: cells, arms, trials, and the table of its runs. settings.yaml holds the numbers."""
+"""The plan of a study: cells, arms, trials, and the table of its runs. settings.yaml holds the numbers.
+
+`Plan` is that of the control study; studies/images has one of its own, with other cells and arms.
+"""
 
 from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
+import json
+import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import yaml
 
 from batched import Arm, Cell
+from s2sam import __version__
 
 HERE = Path(__file__).resolve().parent
 FIELDS = (
@@ -36,6 +45,7 @@ class Plan:
 
     settings: Mapping[str, Any]
     table: Path  #: of the runs
+    grain: ClassVar[float] = 100 / 359  #: points of one test image
 
     @classmethod
     def read(cls, *, smoke: bool = False) -> Plan:
@@ -70,6 +80,10 @@ class Plan:
         if any(fnmatch(cell, pattern) for pattern in spared["in"]):
             return self.arms
         return {name: arm for name, arm in self.arms.items() if name not in spared["arms"]}
+
+    def fresh_arms(self, cell: str) -> list[str]:
+        """What runs on the fresh seeds of a cell: its arms, and SAM for as long as echo takes."""
+        return [*self.arms_in(cell), TIMED]
 
     def rounds(self, cell: str) -> int:
         """How often the arms of a cell get more trials while a choice is on an edge."""
@@ -118,6 +132,40 @@ class Plan:
     def start(self, arm: str) -> list[Point]:
         """The first trials."""
         return list(product(*(one["start"] for one in self._lattice(arm))))
+
+    def first_trials(self, cell: str, arm: str, rows: Sequence[Row]) -> list[Point]:
+        """The first trials of an arm in a cell: here the same in all cells."""
+        return self.start(arm)
+
+    def number(self, cell: str) -> int:
+        """How many trials each arm of a cell has before any round for edges."""
+        return int(self.settings["trials"]["number"])
+
+    def next_runs(self, cell: str, arm: str, number: int, rows: Sequence[Row]) -> list[tuple[Point, int]]:
+        """What the tuning of an arm trains next, as (trial, seed), given the runs so far; nothing if it is complete.
+
+        The first trials, then neighbours of the best ones until there are `number`, a few at once; the best go on to
+        all seeds.
+
+        Raises:
+            ValueError: there are more first trials than `number`, or the lattice has fewer points.
+        """
+        sizes, tried, first = self.settings["trials"], self.tried(cell, arm, rows), self.first_trials(cell, arm, rows)
+        if number < len(first):
+            raise ValueError(f"{arm} begins with {len(first)} trials, and trials.number is only {number}")
+        points = [point for point, by_seed in tried.items() if not set(self.screen) <= set(by_seed)]
+        if not points and len(tried) < len(first):
+            points = [point for point in first if point not in tried]
+        if not points and len(tried) < number:
+            points = self.next_trials(arm, self.screened(tried), number - len(tried), self.choice(tried))
+            if not points:
+                raise ValueError(f"the lattice of {arm} has fewer than {number} points; give it more values")
+        if points:
+            some = points[: sizes["at_once"]]
+            return [(point, seed) for point in some for seed in self.screen if seed not in tried.get(point, {})]
+        scores = self.screened(tried)
+        best = sorted(scores, key=lambda point: (-scores[point], point))[: sizes["finalists"]]
+        return [(point, seed) for point in best for seed in self.tuning if seed not in tried[point]]
 
     def neighbours(self, arm: str, point: Point) -> list[Point]:
         """The points of the lattice one step away, those of the radius first, then weight decay, then learning rate."""
@@ -196,11 +244,17 @@ class Plan:
             )
         return max(scores, key=lambda point: (scores[point], -point[2]))
 
+    def chosen(self, cell: str, arm: str, rows: Iterable[Row] | None = None) -> Point:
+        """The choice of an arm that is tuned."""
+        choice = self.choice(self.tried(cell, arm, rows))
+        assert choice is not None
+        return choice
+
     def untuned(self, cell: str, rows: Sequence[Row]) -> list[str]:
         """What is missing in the tuning of a cell, a sentence for each arm."""
         found, trials = [], {arm: self.tried(cell, arm, rows) for arm in self.arms_in(cell)}
-        wanted = max(self.settings["trials"]["number"], *(len(self.screened(t)) for t in trials.values()))
-        rounds = (wanted - self.settings["trials"]["number"]) // self.settings["trials"]["extension"]
+        wanted = max(self.number(cell), *(len(self.screened(t)) for t in trials.values()))
+        rounds = (wanted - self.number(cell)) // self.settings["trials"]["extension"]
         for arm, tried in trials.items():
             done, choice = self.screened(tried), self.choice(tried)
             finalists = sum(set(self.tuning) <= set(v) for v in tried.values())
@@ -214,11 +268,9 @@ class Plan:
         """Why a cell cannot go on to the fresh seeds; nothing if it can."""
         found = self.untuned(cell, rows)
         for arm in self.arms_in(cell) if self.settings["trials"]["ends"] and not found else ():
-            choice = self.choice(self.tried(cell, arm, rows))
-            assert choice is not None
             found += [
                 f"{arm} chose {end}, an end of its lattice: give it more values in settings.yaml, say so in protocol.md"
-                for end in self.at_end(arm, choice)
+                for end in self.at_end(arm, self.chosen(cell, arm, rows))
             ]
         return found
 
@@ -248,3 +300,45 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] 
             writer.writeheader()
         writer.writerows(rows)
         file.write(text.getvalue())
+
+
+@cache
+def environment(
+    table: Path,
+    folder: Path = HERE,
+    code: tuple[str, ...] = (".", "../../src"),
+    facts: tuple[tuple[str, str], ...] = (),
+) -> str:
+    """A short name of this machine, these versions and this commit; environments.jsonl beside the table tells them.
+
+    Args:
+        table: the table of runs.
+        folder: of the study.
+        code: where its code is, seen from there; files in it that differ from the commit are named.
+        facts: what else is to be told.
+    """
+    git = ["git", "-C", str(folder)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True
+    ).stdout
+    dirty = sorted(line[3:] for line in changed.splitlines() if line.endswith((".py", ".yaml")))
+    found = {
+        "commit": commit, "changed": dirty, "s2sam": __version__, "torch": torch.__version__,
+        "python": platform.python_version(), "machine": platform.machine(), "processor": processor(), **dict(facts),
+    }  # fmt: skip
+    text = json.dumps(found, sort_keys=True)
+    name, path = hashlib.sha256(text.encode()).hexdigest()[:8], table.with_name("environments.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    line = json.dumps({"environment": name} | found)
+    if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    return name
+
+
+def processor() -> str:
+    """What the system calls its processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -12,60 +12,23 @@ cells at once, each with one thread.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from batched import VAL_FRACTION, Cell, Run, accuracies, train
-from plan import HERE, MAIN, TIMED, Plan, Point, append, read_table
-from s2sam import __version__
+from plan import MAIN, TIMED, Plan, Point, append, environment, read_table
 from s2sam.train.config import DataConfig, OptimConfig, SamConfig, SparseConfig, TrainConfig
 from s2sam.train.state import build
 from s2sam.train.step import train_step
 
 TIME_FIELDS = ("stage", "cell", "arm", "seed", "seconds", "environment")
 STEPS_TIMED, REPEATS = 100, 5
-
-
-@cache
-def environment(table: Path) -> str:
-    """A short name of this machine, these versions and this commit; environments.jsonl beside the table tells them."""
-    git = ["git", "-C", str(HERE)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ".", "../../src"], capture_output=True, text=True, check=True
-    ).stdout
-    dirty = sorted(line[3:] for line in changed.splitlines() if line.endswith((".py", ".yaml")))
-    found = {
-        "commit": commit, "changed": dirty, "s2sam": __version__, "torch": torch.__version__,
-        "python": platform.python_version(), "machine": platform.machine(), "processor": processor(),
-    }  # fmt: skip
-    text = json.dumps(found, sort_keys=True)
-    name, path = hashlib.sha256(text.encode()).hexdigest()[:8], table.with_name("environments.jsonl")
-    path.parent.mkdir(exist_ok=True)
-    line = json.dumps({"environment": name} | found)
-    if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    return name
-
-
-def processor() -> str:
-    """What the system calls its processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def execute(
@@ -112,34 +75,16 @@ def tune(plan: Plan, cell: str) -> None:
             len(plan.screened(plan.tried(cell, arm))) for arm in plan.arms_in(cell)
         )  # by other settings, perhaps
         for arm in plan.arms_in(cell):
-            tune_arm(plan, cell, arm, max(most, sizes["number"] + extension * sizes["extension"]))
+            tune_arm(plan, cell, arm, max(most, plan.number(cell) + extension * sizes["extension"]))
         rows = plan.rows()
         if not plan.untuned(cell, rows):
             return
 
 
 def tune_arm(plan: Plan, cell: str, arm: str, number: int) -> None:
-    """The first trials, then neighbours of the best ones until there are `number`; the best go on to all seeds."""
-    sizes = plan.settings["trials"]
-
-    def screen(points: Sequence[Point]) -> None:
-        for at in range(0, len(points), sizes["at_once"]):
-            part = points[at : at + sizes["at_once"]]
-            execute(plan, "tune", cell, arm, [(point, seed) for point in part for seed in plan.screen])
-
-    if not number >= len(plan.start(arm)):
-        raise ValueError(f"{arm} begins with {len(plan.start(arm))} trials, and trials.number is only {number}")
-    screen(plan.start(arm))
-    while len(tried := plan.tried(cell, arm)) < number:
-        count = min(sizes["at_once"], number - len(tried))
-        points = plan.next_trials(arm, plan.screened(tried), count, plan.choice(tried))
-        if not points:
-            raise ValueError(f"the lattice of {arm} has fewer than {number} points; give it more values")
-        screen(points)
-    scores = plan.screened(plan.tried(cell, arm))
-    best = sorted(scores, key=lambda point: (-scores[point], point))[: sizes["finalists"]]
-    finals = [seed for seed in plan.tuning if seed not in plan.screen]
-    execute(plan, "tune", cell, arm, [(point, seed) for point in best for seed in finals])
+    """Train what :meth:`plan.Plan.next_runs` says, until the arm has `number` trials and its finalists all seeds."""
+    while wanted := plan.next_runs(cell, arm, number, plan.rows()):
+        execute(plan, "tune", cell, arm, wanted)
 
 
 def fresh(plan: Plan, cell: str) -> None:
@@ -168,9 +113,7 @@ def equal(plan: Plan, cell: str) -> None:
 
 def chosen(plan: Plan, cell: str, arm: str) -> Point:
     """The choice of an arm that is tuned."""
-    choice = plan.choice(plan.tried(cell, arm))
-    assert choice is not None
-    return choice
+    return plan.chosen(cell, arm)
 
 
 def measure_times(plan: Plan, cell: str) -> None:
