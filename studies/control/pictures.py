@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from analyse import Fresh, Gate, interval, minus, values, whole_cells
+from analyse import Fresh, Gate, gates, interval, minus, values, whole_cells
 from plan import Plan, Row
 from s2sam.report.bound_plots import save_png
 from s2sam.report.stats import Interval
@@ -22,7 +22,7 @@ def draw(plan: Plan) -> list[Path]:
     """Both pictures, of the cells that have all their runs."""
     rows = plan.rows()
     found, _ = whole_cells(plan, rows)
-    gate = {cell: Gate(plan, rows, cell, found[cell], len(plan.cells)) for cell in found}
+    gate = gates(plan, rows, found)
     return [draw_gains(plan, found, gate), draw_radii(plan, found)]
 
 

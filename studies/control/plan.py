@@ -33,6 +33,7 @@ FIELDS = (
     "environment",
 )  # fmt: skip
 BASELINES = ("sgd", "nesterov")
+MAIN = (*BASELINES, "sam", "+g", "echo")  #: the arms of the primary contrasts
 TIMED = "sam, echo's time"  #: SAM for as long as echo takes, on fresh seeds only
 Point = tuple[float, float, float]  #: learning rate, weight decay, radius
 Row = dict[str, Any]
@@ -45,6 +46,7 @@ class Plan:
     settings: Mapping[str, Any]
     table: Path  #: of the runs
     grain: ClassVar[float] = 100 / 359  #: points of one test image
+    equal_arms: ClassVar[tuple[str, ...]] = MAIN  #: what runs at the common learning rate and weight decay
 
     @classmethod
     def read(cls, *, smoke: bool = False) -> Plan:
@@ -234,6 +236,20 @@ class Plan:
         choice = self.choice(self.tried(cell, arm, rows))
         assert choice is not None
         return choice
+
+    def at_equal_decay(self, arm: str, tried: Mapping[Point, Mapping[int, float]]) -> Point:
+        """The common learning rate and weight decay, with the best of the radii that the tuning has tried there.
+
+        Raises:
+            ValueError: the tuning has not tried this learning rate and weight decay.
+        """
+        common = tuple(self.settings["equal"].values())
+        scores = {point: score for point, score in self.screened(tried).items() if point[:2] == common}
+        if not scores:
+            raise ValueError(
+                f"the tuning has no trial of {arm} at lr and weight decay {common}; run `run.py tune` first"
+            )
+        return max(scores, key=lambda point: (scores[point], -point[2]))
 
     def untuned(self, cell: str, rows: Sequence[Row]) -> list[str]:
         """What is missing in the tuning of a cell, a sentence for each arm."""

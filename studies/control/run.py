@@ -2,6 +2,7 @@
 
     python studies/control/run.py tune   [--cells "40-bn-*" ...] [--threads 2] [--smoke]   # tuning seeds, validation
     python studies/control/run.py fresh  [--cells ...] [--threads 2] [--smoke]             # fresh seeds, test images
+    python studies/control/run.py equal  [--cells ...] [--threads 2] [--smoke]             # fresh seeds, equal decay
     python studies/control/run.py report [--smoke]                                         # report.md, pictures
 
 It can be stopped and started again: a run that stands in runs.csv is not run a second time. `--threads N` works on N
@@ -58,7 +59,9 @@ def execute(
             common
             | {"lr": run.lr, "weight_decay": run.weight_decay, "rho": run.rho, "seed": run.seed}
             | {"val": round(at["val"], 6), "train": round(at["train"], 6)}
-            | ({"test": round(at["test"], 6)} if stage == "fresh" else {})  # nothing is chosen by test images
+            | (
+                {"test": round(at["test"], 6)} if stage in ("fresh", "equal") else {}
+            )  # nothing is chosen by test images
             for run, at in zip(runs, found, strict=True)
         ],
     )
@@ -99,6 +102,13 @@ def fresh(plan: Plan, cell: str) -> None:
     of = {arm: median(r["seconds"] for r in times if r["cell"] == cell and r["arm"] == arm) for arm in ("sam", "echo")}
     epochs = max(1, round(plan.cells[cell].epochs * of["echo"] / of["sam"]))
     execute(plan, "fresh", cell, TIMED, [(chosen(plan, cell, "sam"), seed) for seed in plan.fresh], epochs)
+
+
+def equal(plan: Plan, cell: str) -> None:
+    """The main arms on the fresh seeds at one common learning rate and weight decay, each at its best radius there."""
+    for arm in plan.equal_arms:
+        point = plan.at_equal_decay(arm, plan.tried(cell, arm))
+        execute(plan, "equal", cell, arm, [(point, seed) for seed in plan.fresh])
 
 
 def chosen(plan: Plan, cell: str, arm: str) -> Point:
@@ -155,17 +165,14 @@ def work(command: str, smoke: bool, cell: str) -> str:
     """One cell, in a process of its own."""
     torch.set_num_threads(1)
     plan = Plan.read(smoke=smoke)
-    if command == "tune":
-        tune(plan, cell)
-    else:
-        fresh(plan, cell)
+    {"tune": tune, "fresh": fresh, "equal": equal}[command](plan, cell)
     return cell
 
 
 def main() -> None:
     """One command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("tune", "fresh", "report"))
+    parser.add_argument("command", choices=("tune", "fresh", "equal", "report"))
     parser.add_argument("--cells", nargs="+", default=["*"], metavar="NAME", help="names of cells, or patterns of them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a few small runs, in the folder smoke; no findings")

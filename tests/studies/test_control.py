@@ -267,6 +267,16 @@ def test_fresh_runs_wait_for_the_tuning_and_what_is_there_is_not_run_again(small
     commands.tune(small_plan, cell)
     commands.fresh(small_plan, cell)
     assert small_plan.table.read_bytes() == before
+    monkeypatch.setattr(commands, "train", batched.train)
+    small_plan.settings["equal"] = {"lr": 0.1, "weight_decay": 1e-3}
+    commands.equal(small_plan, cell)
+    found = [row for row in small_plan.rows() if row["stage"] == "equal"]
+    assert {row["arm"] for row in found} == set(plan.MAIN)
+    assert {(row["lr"], row["weight_decay"]) for row in found} == {(0.1, 1e-3)}
+    tried = small_plan.screened(small_plan.tried(cell, "echo"))
+    best = max(score for point, score in tried.items() if point[:2] == (0.1, 1e-3))
+    (rho,) = {row["rho"] for row in found if row["arm"] == "echo"}
+    assert tried[0.1, 1e-3, rho] == best
     text = analyse.report(small_plan)
     assert "40-plain-static90 lacks fresh runs of sgd" in text
     assert "not all its cells have run" in text
@@ -312,13 +322,24 @@ def test_the_report_takes_paired_differences_and_applies_the_gate(small_plan):
     halvings = math.log2(10)
     of_echo = lines["4: echo's gain per halving of the density, plain", ""]
     assert of_echo[0] == f"{-6 / halvings:+.2f}"
-    facts = analyse.summary(small_plan, found, gate, [])
+    facts = analyse.summary(small_plan, found, gate, [], {})
     assert facts["cells"]["40-plain-dense"]["minus"]["sam"]["mean"] == pytest.approx(10.5)
     assert facts["cells"]["40-plain-dense"]["minus"]["+g"] == {"n": 24, "mean": 0.0}
     first = next(one for one in facts["primaries"] if one["scope"] == "gate")
     assert (first["contrast"], first["cells"], first["n"]) == ("1: echo minus the better baseline", 2, 24)
     assert first["mean"] == pytest.approx(5.5)
     assert first["low"] < 5.5 < first["high"]
+    # tuned SGD has memorised nothing, but at the common setting it does
+    weak = [row | {"train": 0.6} if row["arm"] == "sgd" else row for row in rows]
+    common = [row | {"stage": "equal"} for row in rows if row["stage"] == "fresh" and row["arm"] in plan.MAIN]
+    loose = analyse.whole_cells(small_plan, weak)[0]
+    assert not any(one.passes for one in analyse.gates(small_plan, weak, loose).values())
+    amended = analyse.gates(small_plan, weak + common, loose)
+    assert [(one.passes, one.as_written) for one in amended.values()] == [(True, False)] * 2
+    equal = analyse.equal_runs(small_plan, weak + common)
+    facts = analyse.summary(small_plan, found, amended, [], equal)["at one setting"]["40-plain-dense"]
+    assert facts["sgd"] == pytest.approx(50.0)
+    assert facts["minus sgd"]["sam"]["mean"] == pytest.approx(10.5)
     # SGD has 65 % of the labels that it was trained on, and 60 % are right: that is no memorising
     loose = analyse.whole_cells(small_plan, made_up(small_plan, gains, train=0.65))[0]["40-plain-dense"]
     assert not analyse.Gate(small_plan, rows, "40-plain-dense", loose, 2).passes
