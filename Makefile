@@ -24,7 +24,7 @@ PINS := $(VENV)/.pins.txt
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
-demo: $(VENV)/.cli  ## train dense, sparse, sparse + S2-SAM and sparse + SAM on digits; report in runs/demo/report.html
+demo: $(VENV)/.cli  ## what sparsity saves and when flatness pays, on digits; report in runs/demo/report.html
 	$(VENV)/bin/s2sam demo $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests and every example in a docstring

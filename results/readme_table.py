@@ -1,4 +1,4 @@
-"""Writes the tables of measurements in README.md and docs/measured.md from the committed files, and nothing else.
+"""Writes the tables in README.md, docs/measured.md and docs/when-it-helps.md from the committed files.
 
 python results/readme_table.py            # rewrites the parts between the two markers
 python results/readme_table.py --check    # exit code 1 if one of them is not what the files say
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README, WHOLE = ROOT / "README.md", ROOT / "docs" / "measured.md"
+README, WHOLE, WHEN = ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "when-it-helps.md"
 BEGIN, END = "<!-- measured: results/readme_table.py -->", "<!-- end of measured -->"
 NAMES = {
     "s2sam-gradient": "S2-SAM", "s2sam-momentum": "S2-SAM, direction momentum", "echo": "echo", "sam": "SAM",
@@ -168,14 +168,40 @@ def table(of: list[Row], page: Path) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (*head, *lines))
 
 
-def rewritten(page: Path, of: list[Row]) -> tuple[str, str]:
+def cells() -> str:
+    """The control study, cell by cell: tuned, and at one learning rate and weight decay."""
+    found = json.loads((ROOT / "studies" / "control" / "summary.json").read_text())
+    arms = ("sam", "echo", "+g")
+    names = ["SAM", "echo", "+g"]
+    head = ["wrong labels", "network", "masks", "tuned baseline", *names, "untuned SGD", *names]
+    lines = []
+    for name, cell in found["cells"].items():
+        noise, network, masks = name.split("-")
+        untuned = found["at one setting"].get(name)
+        masks = masks.replace("static", "").replace("rigl", "RigL ")
+        line = [f"{noise} %", {"bn": "BatchNorm", "plain": "plain"}[network], masks]
+        line.append(f"{cell['accuracy'][cell['baseline']]:.1f}")
+        line += [_gap(cell["minus"][arm]) for arm in arms]
+        if untuned:
+            line += [f"{untuned['sgd']:.1f}", *(_gap(untuned["minus sgd"][arm]) for arm in arms)]
+        lines.append([*line, *[""] * (len(head) - len(line))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines))
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    """A difference; bold if its interval, which holds together with those of the other cells, does not contain 0."""
+    shown = f"{gap['mean']:+.1f}"
+    return f"**{shown}**" if "low" in gap and gap["low"] * gap["high"] > 0 else shown
+
+
+def rewritten(page: Path, made: str) -> tuple[str, str]:
     """The text of a page as it is and as it should be."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         sys.exit(f"{page.name} lacks the markers {BEGIN} and {END}; put them where the table belongs")
-    return text, f"{before}{BEGIN}\n\n{table(of, page)}\n\n{END}{after}"
+    return text, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 def main() -> int:
@@ -183,8 +209,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check, every = parser.parse_args().check, rows()
-    for page, of in ((README, first(every)), (WHOLE, every)):
-        text, new = rewritten(page, of)
+    for page, made in ((README, table(first(every), README)), (WHOLE, table(every, WHOLE)), (WHEN, cells())):
+        text, new = rewritten(page, made)
         if check and new != text:
             sys.exit(f"the table in {page.name} is not what the files say; run python results/readme_table.py")
         if not check:

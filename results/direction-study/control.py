@@ -1,4 +1,4 @@
-"""Stage 6, a positive control: wrong training labels, where two-step SAM gains (protocol.md, Changes, 13).
+"""Stage 6, meant as a positive control: wrong training labels (protocol.md, Changes, 13; why it could not work: 20).
 
 `study.py control` runs it, and `study.py report` takes its section from here.
 """
@@ -150,6 +150,48 @@ def contrasts() -> list[tuple[bool, str, Difference]]:
     return found
 
 
+def gate() -> list[str]:
+    """Why this stage could not work as a control: what was memorised, and how far the weights were displaced."""
+    from analyse import ends, mean, table
+
+    right = 100 * (1 - arms()["control"]["noise"])
+    fresh = {
+        arm: [r for r in rows() if r["stage"] == STAGE and r["arm"] == arm]
+        for arm in (better(), SAM, PAPER, candidate())
+    }
+    lines = [
+        [best(arm), share(found), f"{mean({int(r['seed']): r for r in found}, 'train_top1'):.1f}", f"{len(found)}"]
+        for arm, found in fresh.items()
+    ]
+    tuning = [100 * r["train_top1"] for r in rows() if r["stage"] == TUNING and arm_of(r["arm"]) in arms()["baselines"]]
+    sam = [share([r]) for r in rows() if r["stage"] == TUNING and arm_of(r["arm"]) == SAM]
+    (gap,) = [gap for primary, what, gap in contrasts() if what == f"wrong labels, {SAM} minus {better()}"]
+    return [
+        "### Why this control could not work",
+        "e/w: ||e|| / final ||w|| of all matrices and kernels, %. Fitted: accuracy on the labels that were trained on, "
+        "wrong ones included, in the last epoch under augmentation, %.",
+        table(["arm on fresh seeds", "e/w", "fitted", "n"], lines),
+        f"{right:g} % of the training labels are right. A network that memorises wrong ones fits more than that; the "
+        f"gate of [the control study](../../studies/control/protocol.md) asks for {right + 10:g} %. No run of a "
+        f"baseline fits more than {max(tuning):.1f} %, at any setting of the tuning: nothing was memorised, so there "
+        f"was nothing for flatness to undo. The gate's other half fails too: SAM minus {better()} is {gap.mean:+.2f} "
+        f"{ends(gap.simultaneous)}. And the radii were small: SAM tried {min(sam, key=float)} to {max(sam, key=float)} "
+        "% of ||w||, where 4 % and more were useful with memorised labels "
+        "([pilot](../../studies/control/scale.md), scale relative, with BatchNorm).",
+    ]  # fmt: skip
+
+
+def share(found: Sequence[Mapping[str, Any]]) -> str:
+    """The mean of ||e|| / final ||w||, %; two-step SAM's e has the length in its name."""
+    values = []
+    for row in found:
+        trial = row["arm"] if row["arm"] != SAM else best(SAM)
+        length = float(trial.split(" ")[1]) if arm_of(trial) == SAM else row["displacement"]
+        if length != "":
+            values.append(100 * length / row["weight_norm"])
+    return f"{fmean(values):.1f}" if values else "-"
+
+
 def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
     """The part of report.md about this stage."""
     from analyse import ends, equivalence, table, trials
@@ -182,5 +224,5 @@ def section(_: Sequence[Mapping[str, Any]]) -> list[str]:
         *parts, table(["arm", *PLACES], lines),
         f"The primary contrasts hold together, {PRIMARY} of them ({100 - 5 / PRIMARY:g} % intervals); the others are "
         f"context (95 % each). n = {len(CONFIRMED)} seeds.",
-        table(["difference, points", "mean", "interval", "equivalent within +-"], gaps), *left_out,
+        table(["difference, points", "mean", "interval", "equivalent within +-"], gaps), *left_out, *gate(),
     ]  # fmt: skip

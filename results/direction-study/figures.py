@@ -1,4 +1,4 @@
-"""raw.csv -> contrasts.png, sparsities.png: arms against Nesterov on fresh seeds; `study.py report` draws them."""
+"""contrasts.png, sparsities.png: arms against Nesterov on fresh seeds; `study.py report` draws them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from statistics import fmean
 import analyse
 from s2sam.report.bound_plots import panels_of, save_png
 from s2sam.report.stats import t_interval
-from sparser import SECOND, gains
+from sparser import ALL_FOUR, DESIGN, GUARDED_CELL, METHODS, SECOND, cells_at, gaps
 from study import CELLS, HERE, PAPER, baseline
 
 EDGE, MIDDLE, GREY = "#0072b2", "#1b2430", "#8a93a3"
+COLOURS = (EDGE, "#d55e00", GREY)
 
 
 def draw(folder: Path = HERE) -> Path | None:
@@ -47,25 +48,35 @@ def legend() -> str:
 
 
 def draw_sparsities(folder: Path = HERE) -> Path | None:
-    """Write sparsities.png: arms minus Nesterov at 80 to 98 %; None before stage 5 is done."""
-    arms = [(arm, found) for arm in (PAPER, SECOND, "sgd") if len(found := gains(arm, "nesterov")) == 4]
-    if not arms:
+    """Write sparsities.png: arms minus Nesterov at 80 to 98 %, static ERK and RigL; None before stage 5 is done.
+
+    RigL at 98 % is the guarded cell, left out before it has run.
+    """
+    arms = [(arm, colour, mark) for arm, colour, mark in zip((PAPER, SECOND, "sgd"), COLOURS, "Dos", strict=True)]
+    if not all(gaps(arm, "nesterov", cells_at(ALL_FOUR)) for arm, _, _ in arms):
         return None
-    figure, (axes,) = panels_of(1, width=7.0, height=3.4)
-    axes.axhline(0, color=MIDDLE, lw=1)
-    for place, ((arm, found), color, mark) in enumerate(zip(arms, (EDGE, "#d55e00", GREY), "Dos", strict=False)):
-        for x, seeds in enumerate(found.values()):
-            values, at = list(seeds.values()), x + 0.12 * (place - 1)
-            interval = t_interval(values)
-            if interval is not None:
-                axes.plot([at, at], [interval.low, interval.high], color=color, lw=2.5, solid_capstyle="butt")
-            axes.plot(at, fmean(values), mark, ms=6, color=color, label=arm if x == 0 else None)
-    sparsities = next(iter(dict(arms).values()))
-    axes.set_xticks(range(len(sparsities)), [f"{100 * s:.0f} %" for s in sparsities])
-    axes.set_xlabel("sparsity")
-    axes.set_ylabel("accuracy minus Nesterov's, points")
-    axes.legend(frameon=False, fontsize=9)
-    figure.suptitle("Mean over static ERK and RigL, 95 % interval over 8 seeds", fontsize=9)
+    figure, panels = panels_of(len(METHODS), width=9.0, height=3.4)
+    for axes, method in zip(panels, METHODS, strict=True):
+        cells = cells_at(ALL_FOUR, methods=[method])
+        if method == "rigl" and all(gaps(arm, "nesterov", [GUARDED_CELL]) for arm, _, _ in arms):
+            cells.append(GUARDED_CELL)
+        axes.axhline(0, color=MIDDLE, lw=1)
+        for place, (arm, colour, mark) in enumerate(arms):
+            for x, seeds in enumerate(gaps(arm, "nesterov", cells).values()):
+                values, at = list(seeds.values()), x + 0.12 * (place - 1)
+                interval = t_interval(values)
+                if interval is not None:
+                    axes.plot([at, at], [interval.low, interval.high], color=colour, lw=2.5, solid_capstyle="butt")
+                axes.plot(at, fmean(values), mark, ms=6, color=colour, label=arm if x == 0 else None)
+        names = [f"{100 * DESIGN[c][1]:.0f} %{', guarded' if c == GUARDED_CELL else ''}" for c in cells]
+        axes.set_xticks(range(len(cells)), names)
+        axes.set_xlabel(f"sparsity, {'static ERK' if method == 'static' else 'RigL'}")
+    ends = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+    panels[0].set_ylabel("accuracy minus Nesterov's, points")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Each cell with its own 95 % interval over 8 seeds", fontsize=9)
     path = folder / "sparsities.png"
     save_png(figure, path)
     return path

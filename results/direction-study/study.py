@@ -2,9 +2,10 @@
 
     python results/direction-study/study.py data --source FOLDER   # proxy.npz from CIFAR-10 as parquet files
     python results/direction-study/study.py baselines|screening|confirmation|nesterov|sparser|control|growth [--jobs 2]
-    python results/direction-study/study.py report                 # raw.csv -> tables on the screen and in report.md
+    python results/direction-study/study.py guarded [--jobs 1]     # RigL at 98 % again, no empty filters: guarded.csv
+    python results/direction-study/study.py report                 # the tables, on the screen and in report.md
 
-Every stage can be stopped and repeated: finished runs stand in raw.csv and are not run again.
+Every stage can be stopped and repeated: finished runs stand in raw.csv (guarded.csv) and are not run again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from s2sam.train.config import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 RAW, DATA, RUNS = HERE / "raw.csv", HERE / "proxy.npz", HERE / "runs"
+GUARDED, GUARDED_CSV = (
+    "guarded",
+    HERE / "guarded.csv",
+)  #: the stage with a file of its own, see protocol.md, Changes, 21
 CHANCE, PAPER = 0.25, "+g-0.05"
 CLASSES = ("airplane", "automobile", "ship", "truck")
 NOISE, STAGE_4 = "noise like the candidate", "on nesterov"
@@ -36,6 +41,8 @@ DENSITY_FACTOR = (0.1 / 0.2) ** 0.5  #: of rho at 90 %, for the root mean square
 SCREENED, CONFIRMED = range(8), range(1000, 1008)
 CELLS = {"static80": ("static", 0.8), "static90": ("static", 0.9), "rigl80": ("rigl", 0.8), "rigl90": ("rigl", 0.9)}
 SPARSER = {f"{method}{100 * s:.0f}": (method, s) for s in (0.95, 0.98) for method in ("static", "rigl")}  #: stage 5
+GUARDED_CELL = "rigl98 guarded"  #: rigl98 with the option below
+GUARD = {"min_per_filter": 1}  #: drops spare the strongest weight of each filter, nothing grows in an empty one
 COMMON: dict[str, Any] = {
     "data": str(DATA), "model": "resnet8", "epochs": 80, "batch_size": 64, "lr": 0.1, "device": "cpu",
     "channels_last": True, "evaluate_every": 80, "sam.stats_every": 50, "optim.weight_decay": 5e-4,
@@ -59,29 +66,31 @@ def make_data(source: Path) -> None:
 
 def config(cell: str, seed: int, changes: Mapping[str, Any], name: str) -> TrainConfig:
     """The configuration of one run."""
-    method, sparsity = (CELLS | SPARSER)[cell]
+    method, sparsity = (CELLS | SPARSER | {GUARDED_CELL: SPARSER["rigl98"]})[cell]
     flat = COMMON | {"sharpness": "s2sam"} | dict(changes)
+    if cell == GUARDED_CELL:
+        flat["sparse.options"] = flat["sparse.options"] | GUARD
     if flat["sharpness"] == "none" and (idle := [key for key in changes if key == "rho" or key.startswith("sam.")]):
         raise ValueError(f"{name} sets {', '.join(idle)} for a run that is not displaced; leave out sharpness none")
     return make_config(flat, method=method, sparsity=sparsity, seed=seed, out=str(RUNS / name))
 
 
 def rows() -> list[Row]:
-    """What raw.csv holds, numbers as numbers."""
-    return read(RAW.stat().st_mtime_ns) if RAW.exists() else []
+    """What raw.csv and guarded.csv hold, numbers as numbers."""
+    return [row for path in (RAW, GUARDED_CSV) if path.exists() for row in read(path, path.stat().st_mtime_ns)]
 
 
-@functools.lru_cache(maxsize=1)
-def read(_: int) -> list[Row]:
-    """As :func:`rows`, for the file as it was at that time."""
-    with RAW.open(newline="") as file:
+@functools.lru_cache(maxsize=2)
+def read(path: Path, _: int) -> list[Row]:
+    """The rows of a file as it was at that time."""
+    with path.open(newline="") as file:
         found = list(csv.DictReader(file))
-    text = {"stage", "cell", "arm", "outcome", "version"}
+    text = {"stage", "cell", "arm", "outcome", "version", "commit"}
     return [{k: v if k in text or v == "" else float(v) for k, v in row.items()} for row in found]
 
 
 def run(stage: str, wanted: Iterable[tuple[str, str, int, Mapping[str, Any]]], jobs: int) -> None:
-    """Train what raw.csv does not hold yet: (cell, arm, seed, changes)."""
+    """Train what the files do not hold yet: (cell, arm, seed, changes)."""
     done = {(r["stage"], r["cell"], r["arm"], int(r["seed"])) for r in rows()}
     todo = {}
     for cell, arm, seed, changes in wanted:
@@ -99,19 +108,21 @@ def run(stage: str, wanted: Iterable[tuple[str, str, int, Mapping[str, Any]]], j
         outcomes = train_all({name: part[name] for name in part if name not in whole}, jobs, console)
         ended = whole | {name: final for name, final, _ in outcomes}
         reasons = {name: reason for name, _, reason in outcomes}
-        write(record(stage, *todo[name], ended[name], reasons.get(name, "")) for name in part)
+        write(stage, [record(stage, *todo[name], ended[name], reasons.get(name, "")) for name in part])
 
 
 def record(
     stage: str, cell: str, arm: str, seed: int, settings: TrainConfig, final: Mapping[str, Any] | None, reason: str
 ) -> Row:
-    """One row of raw.csv."""
+    """One row of raw.csv or guarded.csv."""
     from s2sam import __version__
 
     row: Row = {
         "stage": stage, "cell": cell, "arm": arm, "seed": seed, "lr": settings.lr,
         "weight_decay": settings.optim.weight_decay, "outcome": reason or "ok", "version": __version__,
     }  # fmt: skip
+    if stage == GUARDED:
+        row["commit"] = json.loads((settings.folder / "env.json").read_text())["git_commit"]
     if final is None:
         if "diverged" not in reason:
             raise RuntimeError(f"{stage} {cell} {arm} seed {seed}: {reason}")
@@ -132,11 +143,12 @@ def record(
     return row
 
 
-def write(new: Iterable[Row]) -> None:
-    """Append rows to raw.csv."""
-    begin = not RAW.exists()
-    with RAW.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
+def write(stage: str, new: Iterable[Row]) -> None:
+    """Append rows to the file of the stage; guarded.csv also has the commit of each run."""
+    path, fields = (GUARDED_CSV, (*FIELDS, "commit")) if stage == GUARDED else (RAW, FIELDS)
+    begin = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="")
         if begin:
             writer.writeheader()
         writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in new)
@@ -362,6 +374,13 @@ def clean_growth(jobs: int) -> None:
     run_growth(jobs)
 
 
+def guarded(jobs: int) -> None:
+    """RigL at 98 % again, with a weight kept in every filter."""
+    from sparser import run_guarded
+
+    run_guarded(jobs)
+
+
 def stage_6(jobs: int) -> None:
     """Wrong labels, where two-step SAM gains."""
     from control import run_all
@@ -371,7 +390,7 @@ def stage_6(jobs: int) -> None:
 
 STAGES = {
     "baselines": baselines, "screening": screening, "confirmation": confirmation, "nesterov": stage_4,
-    "sparser": stage_5, "control": stage_6, "growth": clean_growth,
+    "sparser": stage_5, "control": stage_6, "growth": clean_growth, "guarded": guarded,
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def report(plan: Plan) -> str:
     ]  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     plan.table.with_name("report.md").write_text(text, encoding="utf-8")
-    facts = json.dumps(summary(plan, found, gate, missing, equal), indent=1)
+    facts = json.dumps(summary(plan, found, gate, missing, equal=equal), indent=1)
     plan.table.with_name("summary.json").write_text(facts + "\n", encoding="utf-8")
     return text
 
@@ -316,8 +316,8 @@ def summary(
     found: Fresh,
     gate: Mapping[str, Gate],
     missing: Sequence[str],
-    equal: Fresh,
     primary: Sequence[Contrast] | None = None,
+    equal: Fresh | None = None,
 ) -> dict[str, object]:
     """What summary.json holds, for pages that quote numbers; the primary contrasts are this study's own, or given."""
     cells = {}
@@ -335,7 +335,7 @@ def summary(
         }
     facts = [one.facts() for one in (contrasts(plan, found, gate) if primary is None else primary)]
     common = {}
-    for cell, arms in equal.items():
+    for cell, arms in (equal or {}).items():
         gaps = {arm: minus(values(arms[arm]), values(arms["sgd"])) for arm in plan.equal_arms[1:]}
         common[cell] = {
             "sgd": round(fmean(values(arms["sgd"]).values()), 3),

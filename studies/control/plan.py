@@ -231,12 +231,6 @@ class Plan:
         whole = {p: fmean(v[s] for s in self.tuning) for p, v in tried.items() if set(self.tuning) <= set(v)}
         return max(whole, key=lambda p: (whole[p], [-x for x in p])) if whole else None
 
-    def chosen(self, cell: str, arm: str, rows: Iterable[Row] | None = None) -> Point:
-        """The choice of an arm that is tuned."""
-        choice = self.choice(self.tried(cell, arm, rows))
-        assert choice is not None
-        return choice
-
     def at_equal_decay(self, arm: str, tried: Mapping[Point, Mapping[int, float]]) -> Point:
         """The common learning rate and weight decay, with the best of the radii that the tuning has tried there.
 
@@ -250,6 +244,12 @@ class Plan:
                 f"the tuning has no trial of {arm} at lr and weight decay {common}; run `run.py tune` first"
             )
         return max(scores, key=lambda point: (scores[point], -point[2]))
+
+    def chosen(self, cell: str, arm: str, rows: Iterable[Row] | None = None) -> Point:
+        """The choice of an arm that is tuned."""
+        choice = self.choice(self.tried(cell, arm, rows))
+        assert choice is not None
+        return choice
 
     def untuned(self, cell: str, rows: Sequence[Row]) -> list[str]:
         """What is missing in the tuning of a cell, a sentence for each arm."""

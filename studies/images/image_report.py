@@ -94,7 +94,7 @@ def report(plan: ImagePlan) -> str:
     ]  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     plan.table.with_name("report.md").write_text(text, encoding="utf-8")
-    facts = json.dumps(summary(plan, found, gate, missing, equal, primary), indent=1)
+    facts = json.dumps(summary(plan, found, gate, missing, primary, equal), indent=1)
     plan.table.with_name("summary.json").write_text(facts + "\n", encoding="utf-8")
     return text
 

@@ -6,7 +6,6 @@ import csv
 
 import pytest
 
-from s2sam.cli import demo
 from s2sam.cli.main import main
 from s2sam.report.read import read_run
 from s2sam.train.config import DataConfig, OptimConfig, SamConfig, TrainConfig
@@ -17,9 +16,10 @@ from s2sam.train.loop import run
 def runs(tmp_path_factory):
     """RigL with SGD and with S2-SAM, two seeds, one epoch."""
     root = tmp_path_factory.mktemp("runs")
-    for name, config in demo.make_configs(root, [0, 1], 1).items():
-        if name.startswith(("rigl90-none", "rigl90-s2sam")):
-            run(config)
+    for sharpness in ("none", "s2sam"):
+        for seed in (0, 1):
+            name = f"rigl90-{sharpness}-seed{seed}"
+            run(TrainConfig(sharpness=sharpness, seed=seed, epochs=1, out=str(root / name)))
     return root
 
 
@@ -64,7 +64,7 @@ def test_wrong_use_ends_in_one_sentence(runs, tmp_path, capsys):
 
 
 def test_unfinished_run_is_refused_by_name(runs, tmp_path, capsys):
-    config = next(iter(demo.make_configs(tmp_path, [0], 1).values()))
+    config = TrainConfig(method="dense", sharpness="none", epochs=1, out=str(tmp_path / "run"))
     run(config)
     (config.folder / "DONE").unlink()
     assert main(["report", str(config.folder)]) == 2

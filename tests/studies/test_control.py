@@ -322,7 +322,7 @@ def test_the_report_takes_paired_differences_and_applies_the_gate(small_plan):
     halvings = math.log2(10)
     of_echo = lines["4: echo's gain per halving of the density, plain", ""]
     assert of_echo[0] == f"{-6 / halvings:+.2f}"
-    facts = analyse.summary(small_plan, found, gate, [], {})
+    facts = analyse.summary(small_plan, found, gate, [])
     assert facts["cells"]["40-plain-dense"]["minus"]["sam"]["mean"] == pytest.approx(10.5)
     assert facts["cells"]["40-plain-dense"]["minus"]["+g"] == {"n": 24, "mean": 0.0}
     first = next(one for one in facts["primaries"] if one["scope"] == "gate")
@@ -337,7 +337,7 @@ def test_the_report_takes_paired_differences_and_applies_the_gate(small_plan):
     amended = analyse.gates(small_plan, weak + common, loose)
     assert [(one.passes, one.as_written) for one in amended.values()] == [(True, False)] * 2
     equal = analyse.equal_runs(small_plan, weak + common)
-    facts = analyse.summary(small_plan, found, amended, [], equal)["at one setting"]["40-plain-dense"]
+    facts = analyse.summary(small_plan, found, amended, [], equal=equal)["at one setting"]["40-plain-dense"]
     assert facts["sgd"] == pytest.approx(50.0)
     assert facts["minus sgd"]["sam"]["mean"] == pytest.approx(10.5)
     # SGD has 65 % of the labels that it was trained on, and 60 % are right: that is no memorising

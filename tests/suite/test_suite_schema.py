@@ -160,7 +160,7 @@ def test_the_tables_of_the_committed_results_still_load(path, tmp_path):
     suite = load_suite(path)
     options = {"out": tmp_path, "read_only": True, "data": dict.fromkeys(needed(suite), "digits")}
     for mode in ("matched", "tuned") if suite.tuned else ("matched",):
-        if path.stem == "confirm" and mode == "matched":  # S2-SAM on top of Nesterov is no column of a matched table
+        if path.stem == "confirm" and mode == "matched":  # its reference is Nesterov, its other columns are not
             with pytest.raises(ValueError, match=r"optim\.nesterov.*use --mode tuned"):
                 make_plan(suite, mode=mode, **options)
         else:

@@ -42,6 +42,15 @@ def test_later_layers_win_and_only_method_options_merge():
     assert first["sparse.options"] == {"delta_t": 100, "rate": 1}
 
 
+@pytest.mark.parametrize("more", [{}, {"sam.stats_every": 100}, {"sam.scale": "auto"}])
+def test_echo_has_its_own_scale_in_a_table(more):
+    assert make_config({"sharpness": "echo", **more}).sam.scale == "filter"
+    assert (
+        make_config({"sharpness": "s2sam", **more}).sam.scale == make_config({"sharpness": "sam"}).sam.scale == "norm"
+    )
+    assert make_config({"sharpness": "echo", **more, "sam.scale": "rms"}).sam.scale == "rms"
+
+
 def test_the_configuration_holds_every_layer_and_the_defaults():
     config = make_config({"epochs": 3, "optim.nesterov": True, "sparse.options": {"delta_t": 7}}, seed=4, out="x")
     assert (config.epochs, config.optim.nesterov, config.seed, config.out) == (3, True, 4, "x")

@@ -49,7 +49,14 @@ def bar_text(dots: Sequence[Dot], form: str | None = None) -> str:
 
 
 def arm_bars(
-    title: str, unit: str, values: Mapping[Arm, Sequence[Dot]], names: Sequence[str], key: str, form: str | None = None
+    title: str,
+    unit: str,
+    values: Mapping[Arm, Sequence[Dot]],
+    names: Sequence[str],
+    key: str,
+    form: str | None = None,
+    *,
+    line: float | None = None,
 ) -> Figure:
     """A bar at the mean of each arm, hatched where a value is missing or only a bound; such dots are hollow.
 
@@ -60,6 +67,7 @@ def arm_bars(
         names: the treatments of the whole report, in the order of their colours.
         key: unique on the page.
         form: of the means in words; None = :func:`number`.
+        line: where a dashed vertical line stands, such as the mean of a reference.
     """
     figure, axes = new_axes(title, unit, height=0.9 + 0.42 * len(values))
     words = []
@@ -85,6 +93,8 @@ def arm_bars(
         artists.append(axes.text(0, -place + 0.2, label, va="bottom", color=INK, fontsize=8.5))
         for index, artist in enumerate(artists):
             mark(artist, series, unique=f"{key}{place}-{index}")
+    if line is not None:
+        axes.axvline(line, color=MUTED, lw=1.1, ls=(0, (4, 2)))
     horizontal(axes, len(values))
     said = f"{title}: " + ", ".join(words)
     return Figure(to_svg(figure, key, said), said)

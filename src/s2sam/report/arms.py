@@ -35,8 +35,8 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Base and treatment in one string."""
-        return f"{self.base}, {self.treatment}"
+        """Base and treatment in one string; the treatment alone where all arms share a base without a name."""
+        return f"{self.base}, {self.treatment}" if self.base else self.treatment
 
     @property
     def plain(self) -> bool:

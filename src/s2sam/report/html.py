@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from statistics import median
@@ -70,12 +71,12 @@ def render(
         table=_table(table, names),
         notes=items(table.notes),
         legend=_legend(names),
-        sections="".join(map(_section, [*drawn[:1], *([costs] if costs else []), *drawn[1:], *sections])),
+        sections="".join(map(draw_section, [*drawn[:1], *([costs] if costs else []), *drawn[1:], *sections])),
         caveats=items([*_caveats(table, data), *remarks]),
         how=text(how or "s2sam report " + " ".join(str(run.folder) for arm in arms for run in arm.runs.values())),
         configuration=pairs(_common(arms)),
         arm_settings=grid(["arm", "network", "optimizer"], [_settings(arm) for arm in arms]),
-        environment=_environment(arms),
+        environment=environment_tables(arms),
         runs=grid([*_RUNS, *(one.header for one in table.beside), "folder"], _runs(arms, table.beside)),
         version=text(__version__),
         light=_palette(0),
@@ -214,12 +215,13 @@ def _legend(names: Sequence[str]) -> str:
     return f'{opening}<span class="hint">Show</span>{labels}</div>'
 
 
-def _section(section: Section) -> str:
+def draw_section(section: Section) -> str:
+    """A section as HTML: its sentences, its caption, its figures in rows without gaps."""
     figures = "".join(
         f'<figure class="card{" wide" if figure.wide else ""}">{figure.svg}</figure>' for figure in section.figures
     )
     count = sum(not figure.wide for figure in section.figures)
-    size = " one" if count == 1 else " three" if count % 6 == 3 else ""  # rows without gaps
+    size = " one" if count == len(section.figures) == 1 else " three" if count % 6 == 3 else ""  # rows without gaps
     says = f'<ul class="says">{items(section.says)}</ul>' if section.says else ""
     head = f'<h2>{text(section.title)}</h2>{says}<p class="caption">{text(section.caption)}</p>'
     return f'<section>{head}<div class="grid{size}">{figures}</div></section>'
@@ -254,7 +256,8 @@ def _common(arms: Sequence[Arm]) -> dict[str, Any]:
     return {k: v for k, v in flat[0].items() if k != "out" and all(other.get(k) == v for other in flat)}
 
 
-def _environment(arms: Sequence[Arm]) -> str:
+def environment_tables(arms: Sequence[Arm]) -> str:
+    """What the runs ran on: a table for each environment."""
     environments: list[Mapping[str, Any]] = []
     for arm in arms:
         for run in arm.runs.values():
@@ -268,6 +271,14 @@ def _environment(arms: Sequence[Arm]) -> str:
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def style_sheet(views: str = "") -> str:
+    """The style of the report's page with its palette, for pages of another layout; `views` as of `surface_views`."""
+    page = files("s2sam.report").joinpath("page.html").read_text(encoding="utf-8")
+    found = re.search(r"<style>.*?</style>", page, re.DOTALL)
+    assert found is not None
+    return Template(found.group()).substitute(light=_palette(0), dark=_palette(1), views=views, toggles="")
 
 
 def _palette(mode: int) -> str:

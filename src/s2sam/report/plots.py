@@ -39,7 +39,9 @@ def draw_all(table: Table) -> list[Section]:
 def _results(table: Table) -> Section:
     compared, costed = [row for row in table.rows if row.difference], [row for row in table.rows if row.cost]
     height = 0.9 + max(0.48 * len(compared), 0.34 * len(costed))
-    figures = [_differences(compared, table, height)] if compared else []
+    names = treatments(row.arm for row in table.rows)
+    title = "Difference to the plain optimizer"
+    figures = [differences_figure(compared, names, title, "differences", height)] if compared else []
     figures += [_costs(costed, table, height)] if costed else []
     return Section(
         "Difference in accuracy, and its price",
@@ -53,9 +55,17 @@ def _results(table: Table) -> Section:
     )
 
 
-def _differences(rows: Sequence[Row], table: Table, height: float) -> Figure:
-    names = treatments(row.arm for row in table.rows)
-    figure, axes = new_axes("Difference to the plain optimizer", "percentage points of test accuracy", height=height)
+def differences_figure(rows: Sequence[Row], names: Sequence[str], title: str, key: str, height: float) -> Figure:
+    """Paired differences: a dot a seed, a diamond at their mean, a thick and a thin line for the two intervals.
+
+    Args:
+        rows: comparisons.
+        names: the treatments of the whole report, in the order of their colours.
+        title: of the panel.
+        key: unique on the page.
+        height: in inches; the width is that of all panels.
+    """
+    figure, axes = new_axes(title, "percentage points of test accuracy", height=height)
     for place, row in enumerate(rows):
         d, series = row.difference, names.index(row.arm.treatment)
         assert d is not None
@@ -80,14 +90,14 @@ def _differences(rows: Sequence[Row], table: Table, height: float) -> Figure:
             )
         )
         for index, artist in enumerate(artists):
-            mark(artist, series, unique=f"d{place}-{index}")
+            mark(artist, series, unique=f"{key}{place}-{index}")
     axes.axvline(0, color=INK, lw=0.9)
     axes.set_ylim(-len(rows) + 0.6, 0.75)
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     words = "; ".join(f"{r.arm.name}: {percent(r.difference.mean, sign=True)} points" for r in rows if r.difference)
-    return Figure(to_svg(figure, "differences", f"Paired differences. {words}."), words)
+    return Figure(to_svg(figure, key, f"Paired differences. {words}."), words)
 
 
 def _costs(rows: Sequence[Row], table: Table, height: float) -> Figure:

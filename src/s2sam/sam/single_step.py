@@ -101,7 +101,7 @@ class S2SAM:
     dim of the mesh, and fused optimizers read one number on the host as well.
 
     Worth: in this project's study (results/direction-study, a small proxy) no variant beat tuned Nesterov, and the
-    default lost to it with RigL. Compare with `nesterov=True` before you rely on a gain.
+    default was below it (suggestive, not shown). Compare with `nesterov=True` before you rely on a gain.
 
     Source: Ji et al., NeurIPS 2024 (S2-SAM). Their code (jjsrf/SSAM-NEURIPS2024:sam.py) never perturbs on torch >= 2.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 
 from s2sam import __version__
-from s2sam.report.svg import PALETTE
+from s2sam.report.html import style_sheet
 from s2sam.report.tables import percent
 from s2sam.suite.plan import percent_text
 from s2sam.suite.result import TRIPWIRE, Entry, SuiteTable, listed, stands_in
@@ -59,7 +57,7 @@ def render(table: SuiteTable, *, how: str = "") -> str:
         notes=_items(table.notes),
         how=_text(how or f"s2sam table {plan.suite.name} --budget {plan.budget.name} --mode {plan.mode}"),
         runs=_runs(table),
-        style=_style(),
+        style=style_sheet(),
         version=_text(__version__),
     )
 
@@ -152,15 +150,6 @@ def _runs(table: SuiteTable) -> str:
     head = "".join(f'<th scope="col">{h}</th>' for h in ("cell", "column", "seed", "test accuracy %", "folder"))
     body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in line) + "</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _style() -> str:
-    """The style of the report's page, with its palette."""
-    page = files("s2sam.report").joinpath("page.html").read_text(encoding="utf-8")
-    found = re.search(r"<style>.*?</style>", page, re.DOTALL)
-    assert found is not None
-    light, dark = (" ".join(f"--s{i}: {colours[m]};" for i, colours in enumerate(PALETTE)) for m in (0, 1))
-    return Template(found.group()).substitute(defaultdict(str, light=light, dark=dark))
 
 
 def _text(value: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from s2sam.train.config import TrainConfig
+from s2sam.train.config import SamConfig, TrainConfig
 from s2sam.train.config_files import check_key, known_keys
 
 Settings = dict[str, Any]
@@ -83,7 +83,9 @@ def make_config(flat: Settings, **fixed: Any) -> TrainConfig:
             groups.setdefault(group, {})[leaf] = value
         else:
             top[key] = value
-    inner = {group: replace(getattr(default, group), **values) for group, values in groups.items()}
+    groups.setdefault("sam", {})
+    start = {"sam": SamConfig()}  # in the defaults scale auto has become that of s2sam already; echo has another one
+    inner = {group: replace(start.get(group, getattr(default, group)), **values) for group, values in groups.items()}
     return replace(default, **{**top, **inner, **fixed})
 
 
