@@ -100,7 +100,7 @@ def whole_cells(plan: Plan, rows: Sequence[Row]) -> tuple[Fresh, list[str]]:
 
 
 def equal_runs(plan: Plan, rows: Sequence[Row]) -> Fresh:
-    """The cells whose main arms all have their runs at the common setting."""
+    """The cells whose arms (the main ones, or fewer if the plan says so) have their runs at the common setting."""
     every: Fresh = {}
     for row in rows:
         if row["stage"] == "equal":
@@ -108,7 +108,7 @@ def equal_runs(plan: Plan, rows: Sequence[Row]) -> Fresh:
     return {
         cell: every[cell]
         for cell in plan.cells
-        if all(set(every.get(cell, {}).get(arm, {})) == set(plan.fresh) for arm in MAIN)
+        if all(set(every.get(cell, {}).get(arm, {})) == set(plan.fresh) for arm in plan.equal_arms)
     }
 
 
@@ -336,7 +336,7 @@ def summary(
     facts = [one.facts() for one in (contrasts(plan, found, gate) if primary is None else primary)]
     common = {}
     for cell, arms in (equal or {}).items():
-        gaps = {arm: minus(values(arms[arm]), values(arms["sgd"])) for arm in MAIN[1:]}
+        gaps = {arm: minus(values(arms[arm]), values(arms["sgd"])) for arm in plan.equal_arms[1:]}
         common[cell] = {
             "sgd": round(fmean(values(arms["sgd"]).values()), 3),
             "minus sgd": {arm: numbers(gap, interval(gap, len(plan.cells), plan.grain)) for arm, gap in gaps.items()},

@@ -46,6 +46,7 @@ class Plan:
     settings: Mapping[str, Any]
     table: Path  #: of the runs
     grain: ClassVar[float] = 100 / 359  #: points of one test image
+    equal_arms: ClassVar[tuple[str, ...]] = MAIN  #: what runs at the common learning rate and weight decay
 
     @classmethod
     def read(cls, *, smoke: bool = False) -> Plan:

@@ -22,7 +22,7 @@ from statistics import median
 import torch
 
 from batched import VAL_FRACTION, Cell, Run, accuracies, train
-from plan import MAIN, TIMED, Plan, Point, append, environment, read_table
+from plan import TIMED, Plan, Point, append, environment, read_table
 from s2sam.train.config import DataConfig, OptimConfig, SamConfig, SparseConfig, TrainConfig
 from s2sam.train.state import build
 from s2sam.train.step import train_step
@@ -106,7 +106,7 @@ def fresh(plan: Plan, cell: str) -> None:
 
 def equal(plan: Plan, cell: str) -> None:
     """The main arms on the fresh seeds at one common learning rate and weight decay, each at its best radius there."""
-    for arm in MAIN:
+    for arm in plan.equal_arms:
         point = plan.at_equal_decay(arm, plan.tried(cell, arm))
         execute(plan, "equal", cell, arm, [(point, seed) for seed in plan.fresh])
 

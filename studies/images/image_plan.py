@@ -89,6 +89,7 @@ class ImagePlan(Plan):
     data: Path = HERE / "pooled.npz"
     device: str = "cpu"
     grain: ClassVar[float] = 100 / 10_000
+    equal_arms: ClassVar[tuple[str, ...]] = ("sgd",)
 
     @classmethod
     def read(  # type: ignore[override]
@@ -251,7 +252,7 @@ def execute(
     waiting: dict[Any, list[Row]] = {}
     groups = [arm if stage == "tune" else i for i, (arm, _, _) in enumerate(todo)]
     configs = [plan.config(cell, *one) for one in todo]
-    for i, found in results(configs, test=stage == "fresh", pool=pool):  # nothing is chosen by test images
+    for i, found in results(configs, test=stage != "tune", pool=pool):  # nothing is chosen by test images
         arm, (lr, weight_decay, rho), seed = todo[i]
         waiting.setdefault(groups[i], []).append(
             {
@@ -307,7 +308,7 @@ def next_runs(plan: ImagePlan, cell: str, number: int) -> list[list[tuple[Point,
 
 
 def fresh(plan: ImagePlan, cell: str, pool: Executor | None = None) -> None:
-    """All arms of a cell at their choices, on the fresh seeds.
+    """All arms of a cell at their choices, on the fresh seeds; and SGD at the common learning rate and weight decay.
 
     Raises:
         ValueError: the tuning of the cell is not complete.
@@ -317,3 +318,5 @@ def fresh(plan: ImagePlan, cell: str, pool: Executor | None = None) -> None:
         raise ValueError(f"the tuning of {cell} is not complete ({'; '.join(missing)}); run `run.py tune` first")
     points = {arm: plan.chosen(cell, arm, rows) for arm in plan.arms}
     execute(plan, "fresh", cell, {arm: [(point, s) for s in plan.fresh] for arm, point in points.items()}, pool)
+    common = (plan.settings["equal"]["lr"], plan.settings["equal"]["weight_decay"], 0.0)
+    execute(plan, "equal", cell, {arm: [(common, s) for s in plan.fresh] for arm in plan.equal_arms}, pool)

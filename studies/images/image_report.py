@@ -19,6 +19,8 @@ from analyse import (
     choice_table,
     difference_table,
     environments,
+    equal_runs,
+    gates,
     mean_over,
     means,
     summary,
@@ -40,13 +42,15 @@ def report(plan: ImagePlan) -> str:
         ValueError: no cell has all its fresh runs, or two arms of a cell have different numbers of trials.
     """
     rows = plan.rows()
-    found, _ = whole_cells(plan, rows)
+    equal, (found, _) = equal_runs(plan, rows), whole_cells(plan, rows)
+    found = {cell: arms for cell, arms in found.items() if cell in equal}
     missing = lacking(plan, rows, found)
     check_trials(plan, rows, found)
     if not found:
         raise ValueError(f"no cell has all its fresh runs yet: {'; '.join(missing)}; run `run.py tune`, then `fresh`")
-    gate = {cell: Gate(plan, rows, cell, found[cell], len(plan.cells)) for cell in found}
+    gate = gates(plan, rows, found)
     primary = contrasts(plan, found, gate)
+    common = "lr {lr:g} and weight decay {weight_decay:g}".format(**plan.settings["equal"])
     parts = [
         "# Image study: results",
         "Made from the table of runs alone by `python studies/images/run.py report`; protocol.md, written before any "
@@ -57,11 +61,12 @@ def report(plan: ImagePlan) -> str:
         environments(plan, rows),
         "## The gate",
         "A claim about an arm with one gradient is made in words only if two-step SAM beats the better tuned baseline "
-        f"of the cell (interval above 0, Bonferroni over {len(plan.cells)} cells) and SGD, at its choice, has fitted "
-        "wrong labels (accuracy on the labels that it was trained on, minus the share of right ones, at least 10 "
-        "points). With right labels it cannot pass; for those cells see what SGD memorises.",
-        table(["cell", "better baseline", "SAM minus it", "SGD on its labels minus right ones", "gate"],
-              [one.line(cell) for cell, one in gate.items()]),
+        f"of the cell (interval above 0, Bonferroni over {len(plan.cells)} cells) and SGD at {common} fits wrong "
+        "labels (accuracy on the labels that it was trained on, minus the share of right ones, at least 10 points). "
+        "With right labels it cannot pass; for those cells see what SGD memorises.",
+        table(["cell", "better baseline", "SAM minus it", "SGD on its labels minus right ones: tuned",
+               "at the common setting", "gate"],
+              [[*(line := one.line(cell))[:5], line[-1]] for cell, one in gate.items()]),
         "## Primary contrasts",
         f"Simultaneous 95 % intervals (Bonferroni over {PRIMARIES}). Contrasts 1 to 3: mean over the cells with wrong "
         "labels that pass the gate; the line below each has all cells with wrong labels, whether they pass or not. "
@@ -73,11 +78,12 @@ def report(plan: ImagePlan) -> str:
         f"Minus the better baseline, with intervals that hold together over {len(plan.cells)} cells for each arm:",
         difference_table(plan, found, gate),
         "## What SGD memorises",
-        "Accuracy in % of SGD on its own training images and labels, without augmentation: at its choice on the fresh "
-        "seeds, and in the trial of its tuning that fits best. It over-fits if the former is at least "
-        f"{OVERFIT:.0f} points above the test accuracy.",
-        table(["cell", "right labels", "at its choice", "in the best fitting trial", "test", "over-fits"],
-              [memorised(plan, rows, cell, arms) for cell, arms in found.items()]),
+        f"Accuracy in % of SGD on its training images, with the labels that it was trained on and not augmented, and "
+        f"on test images: at its choice, and at {common}. It over-fits if the former is at least {OVERFIT:.0f} points "
+        "above the latter.",
+        table(["cell", "right labels", "at its choice: train", "test", "over-fits", "common setting: train", "test",
+               "over-fits"],
+              [memorised(plan, cell, found[cell]["sgd"], equal[cell]["sgd"]) for cell in found]),
         "## Trials",
         "In every cell all arms have had the same number of trials (checked by the code that wrote "
         "this). lr, weight decay, radius of each choice; * if a neighbour of it on the lattice was not tried.",
@@ -88,7 +94,7 @@ def report(plan: ImagePlan) -> str:
     ]  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     plan.table.with_name("report.md").write_text(text, encoding="utf-8")
-    facts = json.dumps(summary(plan, found, gate, missing, primary), indent=1)
+    facts = json.dumps(summary(plan, found, gate, missing, primary, equal), indent=1)
     plan.table.with_name("summary.json").write_text(facts + "\n", encoding="utf-8")
     return text
 
@@ -99,8 +105,8 @@ def lacking(plan: ImagePlan, rows: Sequence[Row], found: Mapping[str, object]) -
     out = []
     for cell in (one for one in plan.cells if one in begun and one not in found):
         untuned = plan.untuned(cell, rows)
-        runs = sum((row["stage"], row["cell"]) == ("fresh", cell) for row in rows)
-        fresh = f"{runs} of {len(plan.fresh) * len(plan.arms)} fresh runs"
+        runs = sum(row["stage"] != "tune" and row["cell"] == cell for row in rows)
+        fresh = f"{runs} of {len(plan.fresh) * (len(plan.arms) + len(plan.equal_arms))} fresh runs"
         out.append(f"{cell} is being tuned ({'; '.join(untuned)})" if untuned else f"{cell} has {fresh}")
     later = [cell for cell in plan.cells if cell not in begun]
     return out + ([f"not begun: {', '.join(later)}"] if later else [])
@@ -116,12 +122,13 @@ def contrasts(plan: ImagePlan, found: Fresh, gate: Mapping[str, Gate]) -> list[C
     return means(plan, found, gate, PRIMARIES) + three
 
 
-def memorised(plan: ImagePlan, rows: Sequence[Row], cell: str, arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
+def memorised(plan: ImagePlan, cell: str, tuned: Mapping[int, Row], common: Mapping[int, Row]) -> list[str]:
     """A row of the table of what SGD memorises."""
-    train, test = (fmean(values(arms["sgd"], key).values()) for key in ("train", "test"))
-    best = max(100 * row["train"] for row in rows if (row["stage"], row["cell"], row["arm"]) == ("tune", cell, "sgd"))
-    right = 100 * (1 - plan.cells[cell].noise)
-    return [cell, *(f"{x:.1f}" for x in (right, train, best, test)), "yes" if train - test >= OVERFIT else "no"]
+    line = [cell, f"{100 * (1 - plan.cells[cell].noise):.0f}"]
+    for runs in (tuned, common):
+        train, test = (fmean(values(runs, key).values()) for key in ("train", "test"))
+        line += [f"{train:.1f}", f"{test:.1f}", "yes" if train - test >= OVERFIT else "no"]
+    return line
 
 
 def costs(plan: ImagePlan, rows: Sequence[Row]) -> list[list[str]]:
