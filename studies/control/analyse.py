@@ -92,7 +92,9 @@ def whole_cells(plan: Plan, rows: Sequence[Row]) -> tuple[Fresh, list[str]]:
     found, missing = {}, []
     for cell in plan.cells:
         lacks = [a for a in plan.fresh_arms(cell) if set(every.get(cell, {}).get(a, {})) != set(plan.fresh)]
-        if lacks:
+        if cell not in every:
+            missing.append(f"{cell} has not run")
+        elif lacks:
             missing.append(f"{cell} lacks fresh runs of {', '.join(lacks)}")
         else:
             found[cell] = every[cell]

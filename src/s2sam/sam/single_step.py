@@ -217,9 +217,10 @@ class S2SAM:
         Raises:
             ValueError: an option that would make it something else; or as the class.
 
-        Caveats: a gain was seen where a network over-fits or labels are wrong, with ||e|| of percents of ||w||, and
-        none where it underfits (docs/echo.md). Too large a radius ends in chance accuracy. A step that a GradScaler
-        skips must be counted by :meth:`missed_step`, or first and second visits change places.
+        Caveats: with 40 % wrong labels it gained what two-step SAM gains, 19 to 27 points over SGD at a weight decay
+        that nobody tuned and 1 to 3 (dense) over tuned baselines; it lost where a network underfits
+        (docs/when-it-helps.md). Too large a radius ends in chance accuracy. A step that a GradScaler skips must be
+        counted by :meth:`missed_step`, or first and second visits change places.
 
         Example:
             >>> w = nn.Parameter(torch.tensor([3.0]))
