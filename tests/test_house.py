@@ -15,7 +15,7 @@ import s2sam
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "s2sam"
-CORE = [SOURCE / name for name in ("tensors.py", "hooks.py", "attach.py", "registry.py", "sam", "sparse")]
+CORE = [SOURCE / name for name in ("tensors.py", "hooks.py", "attach.py", "registry.py", "sam", "sparse", "compact")]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),

@@ -17,9 +17,10 @@ _HOME = {
     "Sparsifier": "s2sam.sparse.base",
 }
 
-__all__ = ["S2SAM", "SAM", "Sparsifier", "__version__", "sparsify"]
+__all__ = ["S2SAM", "SAM", "Sparsifier", "__version__", "compact", "sparsify"]
 
 if TYPE_CHECKING:
+    from s2sam import compact
     from s2sam.attach import sparsify
     from s2sam.sam.single_step import S2SAM
     from s2sam.sam.two_step import SAM
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compact":
+        return importlib.import_module("s2sam.compact")
     if name not in _HOME:
         raise AttributeError(f"module 's2sam' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
