@@ -64,6 +64,21 @@ class Arm:
         """Batches of the loader that a step takes."""
         return 2 if self.displace == "batch" else 1
 
+    def extra(self, networks: Networks, runs: Sequence[Run]) -> Extra | None:
+        """What a subclass does beside the step; here nothing."""
+        return None
+
+
+class Extra:
+    """What an arm does beside the step of SGD, for all runs; a step that changes RigL's masks undoes it."""
+
+    def before(self, g: Tensor) -> Tensor:
+        """The gradient (R, k) that the step is to take."""
+        return g
+
+    def after(self, w: Tensor, g: Tensor, lr: Tensor) -> None:
+        """Change w (R, k) in place after a step along `g` with the learning rates (R, 1)."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -392,6 +407,7 @@ def train(
     orders = [order(cell, arm, seed) for seed in seeds]
     noise = Noise(networks, [run.seed for run in runs]) if arm.displace == "random" else None
     topology = Topology(cell, arm, runs, dtype, total) if cell.method == "rigl" else None
+    extra = arm.extra(networks, runs)
     momentum = torch.zeros_like(networks.w)
     direction: Tensor | None = None
 
@@ -413,10 +429,13 @@ def train(
         g = networks.gradient(*here, keep_statistics=arm.gradients == 2)
         due = topology.due(step + 1) if topology is not None else []
         before = (w.clone(), momentum.clone()) if due else ()
+        g = g if extra is None else extra.before(g)
         update = torch.addcmul(g, w, decay)
         momentum = update.clone() if step == 0 else momentum.mul_(MOMENTUM).add_(update)
         update = update.add_(momentum, alpha=MOMENTUM) if arm.nesterov else momentum
         w.addcmul_(update, lr, value=-factor(step, total))
+        if extra is not None:
+            extra.after(w, g, lr * factor(step, total))
         if topology is not None:
             for i in due:  # these steps change the masks in place of moving the weights
                 w[i], momentum[i] = (t[i] for t in before)
