@@ -25,6 +25,7 @@ from s2sam.train.finished import read_tensors
 from s2sam.train.state import training_images
 
 SHORT = ["--epochs", "2", "--seeds", "0", "1", "--jobs", "1"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(out, capsys, *options):
@@ -329,3 +330,23 @@ def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, sentence):
     assert sentence in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_those_that_were_chosen():
+    """The numbers in demo.py are the choices that the committed file of the tuning holds."""
+    chosen = json.loads((ROOT / "benchmarks" / "results" / "demo_settings.json").read_text())
+    assert chosen["quick"] is False
+    assert not set(chosen["seeds"]) & set(demo.SEEDS)
+    assert chosen["epochs"] == {"sparsity": demo.SPARSITY_EPOCHS, "flatness": demo.FLATNESS_EPOCHS}
+    assert chosen["flatness"].keys() == {"s2sam", "echo", "sam", "sgd-tuned", "echo-tuned"}
+    assert chosen["sparsity"]["trials"] == 9
+    assert {act["trials"] for act in chosen["flatness"].values()} == {12}
+    ends = {name for name, act in chosen["flatness"].items() if act["at_end_of_axis"]}
+    assert ends <= {"echo-tuned"}  # two values of weight decay and of radius are all ends
+    for arm in demo.SPARSITY.values():
+        assert {name: getattr(arm, name) for name in chosen["sparsity"]["choice"]} == chosen["sparsity"]["choice"]
+    for name, act in chosen["flatness"].items():
+        arm, choice = demo.FLATNESS[name], act["choice"]
+        assert {setting: getattr(arm, setting) for setting in choice} == choice
+        best = max(chosen["flatness"][name]["rows"], key=lambda row: row["mean_val_top1"])
+        assert choice.items() <= best.items()

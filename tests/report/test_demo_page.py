@@ -80,7 +80,7 @@ def test_act_1_is_about_the_sparsest_network_without_a_loss(acts):
         "RigL 95 % keeps 50 of 1,000 parameters, in a file 10.0 times smaller (0.4 kB instead of 4 kB)"
     )
     assert "no difference to the dense network's accuracy was found (-0.2 points, 95 % interval " in said
-    assert said.endswith("; lower than dense: RigL 98 % (-9.0) points.")
+    assert said.endswith("; lower than dense: RigL 98 % (-9.0 points).")
 
 
 def test_act_1_says_lower_where_all_are_and_nothing_where_intervals_are_wide(acts):
@@ -89,7 +89,10 @@ def test_act_1_says_lower_where_all_are_and_nothing_where_intervals_are_wide(act
     said = demo_page.saves_verdict(saves, sizes_of(saves))
     assert said.startswith("RigL 80 % keeps")
     assert "its test accuracy is 5.0 points lower (95 % interval " in said
-    assert said.count("lower") == 2 and "RigL 90 % (-5.0), RigL 95 % (-5.0), RigL 98 % (-5.0) points." in said
+    assert (
+        said.count("lower") == 2
+        and "RigL 90 % (-5.0 points), RigL 95 % (-5.0 points), RigL 98 % (-5.0 points)." in said
+    )
     wide = {f"rigl{s}": (0.999, 0.900, 0.950) for s in (80, 90, 95, 98)}
     saves, _ = acts(**wide, sgd=NOISY["sgd"])
     assert not any(demo_page.holds(row) for row in saves.rows)  # no loss is shown, and none is excluded

@@ -125,12 +125,15 @@ def saves_verdict(act: Act, sizes: Mapping[str, Sequence[Files]]) -> str:
     said = outcome(row, up="its test accuracy is {} points higher", down="its test accuracy is {} points lower",
                    none="no difference to the dense network's accuracy was found")  # fmt: skip
     lower = [other for other in by_sparsity if other is not row and other.difference and other.difference.shows < 0]
-    loses = ", ".join(f"{other.arm.treatment} ({percent(other.difference.mean, 1, sign=True)})"
-                      for other in lower if other.difference)  # fmt: skip
+    loses = [
+        f"{other.arm.treatment} ({percent(other.difference.mean, 1, sign=True)} points)"
+        for other in lower
+        if other.difference
+    ]
     return (
         f"{row.arm.treatment} keeps {active:,.0f} of {parameters:,} parameters, in a file {large / small:.1f} times "
         f"smaller ({kilobytes(small)} instead of {kilobytes(large)}); {said}"
-        + (f"; lower than dense: {loses} points." if loses else ".")
+        + (f"; lower than dense: {', '.join(loses)}." if loses else ".")
     )
 
 
@@ -351,7 +354,7 @@ def seconds_section(saves: Act, flat: Act, rounds: Mapping[str, Sequence[float]]
 
 def surfaces_section(found: Mapping[Arm, Surface], seed: int) -> Section:
     """Loss surfaces of two arms of act 2 side by side, on one scale, with Ra."""
-    made = surface_section(found, list(found))
+    made = surface_section(found, list(found), "3-D")
     return replace(
         made, title="Loss surfaces of act 2, side by side", says=(f"Seed {seed}. {roughness_sentence(found)}",)
     )
