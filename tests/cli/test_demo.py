@@ -25,6 +25,7 @@ from s2sam.train.finished import read_tensors
 from s2sam.train.state import training_images
 
 SHORT = ["--epochs", "2", "--seeds", "0", "1", "--jobs", "1"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(out, capsys, *options):
@@ -66,7 +67,7 @@ def test_it_trains_every_arm_of_both_acts_with_every_seed(finished):
     out, printed = finished
     saves, flat = runs_of(out, "sparsity"), runs_of(out, "flatness")
     assert saves.keys() == {"dense", "rigl80", "rigl90", "rigl95", "rigl98"}
-    assert flat.keys() == {"sgd", "nesterov", "s2sam", "echo", "sam", "sgd-tuned"}
+    assert flat.keys() == {"sgd", "nesterov", "s2sam", "echo", "sam", "sgd-tuned", "echo-tuned"}
     for arms in (saves, flat):
         assert all(sorted(runs) == [0, 1] for runs in arms.values())
     for name, runs in saves.items():
@@ -74,7 +75,7 @@ def test_it_trains_every_arm_of_both_acts_with_every_seed(finished):
             wanted = 0.0 if name == "dense" else int(name.removeprefix("rigl")) / 100
             assert run.final["sparsity"] == pytest.approx(wanted, abs=1e-4)
             assert run.env["hardware"]["threads"] == 1
-    assert "[22/22]" in printed
+    assert "[24/24]" in printed
 
 
 def test_all_arms_of_act_2_take_equally_many_gradients(finished):
@@ -109,7 +110,7 @@ def test_arms_differ_in_their_own_keys_only(finished):
     for (name, seed), config in flat.items():
         assert config["data_options"] == flat["sgd", 0]["data_options"] | {"split_seed": seed}
         assert config["data_options"]["label_noise"] == 0.4
-        assert ((config["lr"], config["optim"]["weight_decay"]) == (0.1, 5e-4)) == (name != "sgd-tuned")
+        assert ((config["lr"], config["optim"]["weight_decay"]) == (0.1, 5e-4)) == (not name.endswith("-tuned"))
         assert config["optim"]["nesterov"] == (name == "nesterov")
         assert {k: v for k, v in config["optim"].items() if k not in ("weight_decay", "nesterov")} == {
             k: v for k, v in flat["sgd", 0]["optim"].items() if k not in ("weight_decay", "nesterov")
@@ -134,7 +135,7 @@ def test_displacement_is_realised_where_it_is_meant(finished):
     for name, runs in (runs_of(out, "flatness") | runs_of(out, "sparsity")).items():
         for run in runs.values():
             measured = [r["displacement"] for r in run.steps if r.get("displacement")]
-            assert bool(measured) == (name in ("s2sam", "echo"))
+            assert bool(measured) == (name in ("s2sam", "echo", "echo-tuned"))
             if name == "s2sam":
                 rho = demo.FLATNESS["s2sam"].rho
                 assert measured == pytest.approx([rho] * len(measured), rel=1e-3)
@@ -202,8 +203,8 @@ def test_what_is_said_agrees_with_the_intervals(finished):
     (echo,) = [row for row in compared if (row["arm"], row["reference"]) == ("Echo", "SGD, tuned")]
     points = f"{100 * float(echo['difference']):+.1f} points"
     if echo["verdict"] == "no difference shown":
-        assert f"no gain was found ({points}, 95 % interval " in page
-        assert f"no gain was found ({points}, 95 % interval " in said
+        assert f"learning rate, no gain was found ({points}, 95 % interval " in page
+        assert f"learning rate, no gain was found ({points}, 95 % interval " in said
     for text in (page, said):
         assert "over the reference, SGD at its best weight decay and learning rate, " in text
 
@@ -224,7 +225,7 @@ def test_surfaces_of_two_arms_stand_side_by_side(finished):
 def test_finished_runs_are_reused_and_broken_ones_redone(finished, monkeypatch):
     out, _ = finished
     configs = demo.make_configs(out, [0, 1], 2)
-    assert len(configs) == 22
+    assert len(configs) == 24
     assert all(demo.reusable(config) for config in configs.values())
     assert not any(demo.reusable(config) for config in demo.make_configs(out, [0, 1], 4).values())
     monkeypatch.setitem(demo.FLATNESS, "echo", replace(demo.FLATNESS["echo"], rho=0.5))
@@ -242,7 +243,7 @@ def test_only_what_is_missing_is_trained_again(finished, capsys):
     code, printed, _ = call(out, capsys)
     changed = {path.parent.name for path in before if path.stat().st_mtime_ns != before[path]}
     assert (code, changed) == (0, {"rigl95-seed1"})
-    assert "21 finished runs are reused" in printed
+    assert "23 finished runs are reused" in printed
     assert "[1/1]" in printed
     again = load_surface(out / "surface" / "sgd-seed0" / "surface.npz")
     assert again.facts["weights_sha256"] != "0" * 64
@@ -302,9 +303,9 @@ def test_one_seed_makes_a_page_that_concludes_nothing(finished, tmp_path, capsys
         shutil.copytree(finished[0] / act, tmp_path / act)
     code, printed, _ = call(tmp_path, capsys, "--epochs", "2", "--seeds", "1", "--jobs", "1")
     assert code == 0
-    assert "11 finished runs are reused" in printed
+    assert "12 finished runs are reused" in printed
     said = " ".join(printed.split())
-    assert said.count("and one seed gives no interval)") == 3
+    assert said.count("and one seed gives no interval)") == 4
     page = (tmp_path / "report.html").read_text()
     assert page.count("no interval from one seed") == 13
     assert not re.search("points (above|below|higher|lower|of gain)", unescape(page))
@@ -329,3 +330,23 @@ def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, sentence):
     assert sentence in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_those_that_were_chosen():
+    """The numbers in demo.py are the choices that the committed file of the tuning holds."""
+    chosen = json.loads((ROOT / "benchmarks" / "results" / "demo_settings.json").read_text())
+    assert chosen["quick"] is False
+    assert not set(chosen["seeds"]) & set(demo.SEEDS)
+    assert chosen["epochs"] == {"sparsity": demo.SPARSITY_EPOCHS, "flatness": demo.FLATNESS_EPOCHS}
+    assert chosen["flatness"].keys() == {"s2sam", "echo", "sam", "sgd-tuned", "echo-tuned"}
+    assert chosen["sparsity"]["trials"] == 9
+    assert {act["trials"] for act in chosen["flatness"].values()} == {12}
+    ends = {name for name, act in chosen["flatness"].items() if act["at_end_of_axis"]}
+    assert ends <= {"echo-tuned"}  # two values of weight decay and of radius are all ends
+    for arm in demo.SPARSITY.values():
+        assert {name: getattr(arm, name) for name in chosen["sparsity"]["choice"]} == chosen["sparsity"]["choice"]
+    for name, act in chosen["flatness"].items():
+        arm, choice = demo.FLATNESS[name], act["choice"]
+        assert {setting: getattr(arm, setting) for setting in choice} == choice
+        best = max(chosen["flatness"][name]["rows"], key=lambda row: row["mean_val_top1"])
+        assert choice.items() <= best.items()

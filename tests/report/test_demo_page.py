@@ -26,6 +26,7 @@ CLEAN = {
 NOISY = {
     "sgd": (0.600, 0.603, 0.601), "nesterov": (0.602, 0.599, 0.606), "s2sam": (0.700, 0.703, 0.700),
     "echo": (0.900, 0.903, 0.901), "sam": (0.910, 0.912, 0.911), "sgd-tuned": (0.870, 0.873, 0.870),
+    "echo-tuned": (0.920, 0.925, 0.922),
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_act_1_is_about_the_sparsest_network_without_a_loss(acts):
         "RigL 95 % keeps 50 of 1,000 parameters, in a file 10.0 times smaller (0.4 kB instead of 4 kB)"
     )
     assert "no difference to the dense network's accuracy was found (-0.2 points, 95 % interval " in said
-    assert said.endswith("; lower than dense: RigL 98 % (-9.0) points.")
+    assert said.endswith("; lower than dense: RigL 98 % (-9.0 points).")
 
 
 def test_act_1_says_lower_where_all_are_and_nothing_where_intervals_are_wide(acts):
@@ -88,7 +89,10 @@ def test_act_1_says_lower_where_all_are_and_nothing_where_intervals_are_wide(act
     said = demo_page.saves_verdict(saves, sizes_of(saves))
     assert said.startswith("RigL 80 % keeps")
     assert "its test accuracy is 5.0 points lower (95 % interval " in said
-    assert said.count("lower") == 2 and "RigL 90 % (-5.0), RigL 95 % (-5.0), RigL 98 % (-5.0) points." in said
+    assert (
+        said.count("lower") == 2
+        and "RigL 90 % (-5.0 points), RigL 95 % (-5.0 points), RigL 98 % (-5.0 points)." in said
+    )
     wide = {f"rigl{s}": (0.999, 0.900, 0.950) for s in (80, 90, 95, 98)}
     saves, _ = acts(**wide, sgd=NOISY["sgd"])
     assert not any(demo_page.holds(row) for row in saves.rows)  # no loss is shown, and none is excluded
@@ -100,9 +104,9 @@ def test_act_1_says_lower_where_all_are_and_nothing_where_intervals_are_wide(act
     [
         ((0.900, 0.903, 0.902), "echo ends 30.0 points above SGD", "3.1 points of gain remain"),
         ((0.870, 0.875, 0.869), "echo ends 27.0 points above SGD", "no gain was found (+0.0 points"),
-        ((0.700, 0.703, 0.702), "echo ends 10.0 points above SGD", "echo is 16.9 points lower"),
-        ((0.500, 0.503, 0.502), "echo ends 10.0 points below SGD", "echo is 36.9 points lower"),
-        ((0.600, 0.610, 0.594), "no difference between echo and SGD was found (+0.0", "echo is 27.0 points lower"),
+        ((0.700, 0.703, 0.702), "echo ends 10.0 points above SGD", "16.9 points are lost"),
+        ((0.500, 0.503, 0.502), "echo ends 10.0 points below SGD", "36.9 points are lost"),
+        ((0.600, 0.610, 0.594), "no difference between echo and SGD was found (+0.0", "27.0 points are lost"),
     ],
 )
 def test_act_2_goes_by_both_intervals(acts, echo, first, rest):
@@ -110,8 +114,11 @@ def test_act_2_goes_by_both_intervals(acts, echo, first, rest):
     said = demo_page.flat_verdict(flat, 0.4)
     before, _, after = said.partition("; over the reference, SGD at its best weight decay and learning rate, ")
     assert before.startswith("With 40 % wrong labels") and first in before
+    after, _, tuned = after.partition(", and with echo tuned as well ")
     assert after.startswith(rest)
-    for text, row in ((before, flat.row("echo", "sgd")), (after, flat.row("echo", "sgd-tuned"))):
+    assert tuned.startswith("5.1 points of gain remain (95 % interval ")
+    pairs = {before: ("echo", "sgd"), after: ("echo", "sgd-tuned"), tuned: ("echo-tuned", "sgd-tuned")}
+    for text, row in ((text, flat.row(*pair)) for text, pair in pairs.items()):
         interval = row.difference.simultaneous
         assert f"95 % interval {100 * interval.low:+.2f} to {100 * interval.high:+.2f}" in text
         assert ("was found" in text) == interval.contains(0.0)
@@ -141,7 +148,7 @@ def test_whether_a_network_memorises_is_read_from_its_records(acts):
 def test_the_table_as_csv_has_a_line_for_each_comparison(acts):
     saves, flat = acts()
     rows = list(csv.DictReader(io.StringIO(demo_page.to_csv({"1": saves, "2": flat}, sizes_of(saves)))))
-    assert len(rows) == 5 + 10  # dense and tuned SGD have a line without a comparison
+    assert len(rows) == 5 + 10  # dense and SGD have a line without a comparison
     (echo,) = [row for row in rows if (row["arm"], row["reference"]) == ("Echo", "SGD, tuned")]
     assert float(echo["difference"]) == pytest.approx(0.0303, abs=1e-4)
     assert echo["verdict"] == "higher than SGD, tuned"

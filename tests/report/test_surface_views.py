@@ -172,3 +172,11 @@ def test_from_the_sides_the_height_is_the_loss():
     assert top_of(-45.0)[0] > 0.8 and top_of(135.0)[0] < 0.2
     assert top_of(225.0)[1] < top_of(45.0)[1] < 0.75  # far behind it is higher on the picture than near
     assert top_of(45.0, limits=(0.0, 10.0)) is None  # flat on that scale
+
+
+@pytest.mark.parametrize("first", SIDES)
+def test_one_side_and_one_pair_are_shown_first(first):
+    one = arm()
+    html = views([one], {one: surface(pairs=2)}, first).svg
+    chosen = re.findall(r'id="surface-(\w+)-(\d)" checked', html)
+    assert chosen == [("view", str(list(SIDES).index(first))), ("pair", "0")]

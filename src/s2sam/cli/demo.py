@@ -6,7 +6,7 @@ number of weights that are left, and the size of the file that holds them.
 Act 2, *when flatness pays*: 40 % of the training labels are wrong, and a 90 % sparse network would memorise them. SGD,
 Nesterov, the paper's S2-SAM, echo and SAM train with one learning rate and weight decay, the trainer's defaults, and
 equally many gradients (SAM takes two a step and has half the steps), and SGD also with the learning rate and weight
-decay that suit it best: the reference that a sharpness method must beat.
+decay that suit it best: the reference that a sharpness method must beat. Echo is also tuned in all of these.
 
 Every other number in :data:`SPARSITY` and :data:`FLATNESS` was chosen by validation accuracy on seeds that the demo
 does not use, with equally many trials for every arm that has something to choose: `benchmarks/demo_settings.py` does
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from s2sam.train.config import TrainConfig
 
 HELP = "what sparsity saves and when flatness pays, on digits, in one page"
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (10, 11, 12, 13, 14)  #: neither those of the tuning nor 0 to 5, which pilots of this case have looked at
 SURFACES = ("sgd", "echo")  #: the arms of act 2 whose loss surfaces are measured, at the first seed
-ROUNDS, POINTS, PAIRS = 10, 21, 3  #: of the step times; of the surfaces, along a side and of directions
+ROUNDS, POINTS, PAIRS = 8, 21, 3  #: of the step times; of the surfaces, along a side and of directions
 NOISE = 0.4  #: share of wrong training labels in act 2
 #: what is compared, each with what
 SAVES_PAIRS = tuple((f"rigl{s}", "dense") for s in (80, 90, 95, 98))
 FLAT_PAIRS = (
-    *((arm, "sgd-tuned") for arm in ("sgd", "nesterov", "s2sam", "echo", "sam")),
-    *((arm, "sgd") for arm in ("nesterov", "s2sam", "echo", "sam")),
+    *((arm, "sgd") for arm in ("nesterov", "s2sam", "echo", "sam", "sgd-tuned")),
+    *((arm, "sgd-tuned") for arm in ("s2sam", "echo", "sam", "echo-tuned")),
 )
 
 
@@ -66,7 +66,7 @@ class Arm:
 
 
 SPARSITY_EPOCHS, FLATNESS_EPOCHS = 30, 100  #: a pass over 1,294 and over 600 images, in batches of 64 and of 32
-_CLEAN: dict[str, Any] = {"lr": 0.1, "weight_decay": 5e-4}
+_CLEAN: dict[str, Any] = {"lr": 0.1, "weight_decay": 5e-3}
 SPARSITY = {
     "dense": Arm("Dense", method="dense", **_CLEAN),
     **{f"rigl{s}": Arm(f"RigL {s} %", method="rigl", sparsity=s / 100, **_CLEAN) for s in (80, 90, 95, 98)},
@@ -75,9 +75,10 @@ FLATNESS = {
     "sgd": Arm("SGD", 0.1, 5e-4),
     "nesterov": Arm("Nesterov", 0.1, 5e-4, nesterov=True),
     "s2sam": Arm("S2-SAM (the paper's)", 0.1, 5e-4, sharpness="s2sam", rho=1.6, scale="norm"),
-    "echo": Arm("Echo", 0.1, 5e-4, sharpness="echo", rho=0.16, scale="filter"),
-    "sam": Arm("SAM", 0.1, 5e-4, sharpness="sam", rho=0.08, scale="filter"),
+    "echo": Arm("Echo", 0.1, 5e-4, sharpness="echo", rho=0.22, scale="filter"),
+    "sam": Arm("SAM", 0.1, 5e-4, sharpness="sam", rho=0.11, scale="filter"),
     "sgd-tuned": Arm("SGD, tuned", 0.003, 5e-2),
+    "echo-tuned": Arm("Echo, tuned", 0.03, 5e-3, sharpness="echo", rho=0.16, scale="filter"),
 }
 
 
@@ -139,7 +140,12 @@ def run(argv: list[str]) -> int:
         "--out", default="runs/demo", metavar="FOLDER", help="where runs and page go (default: %(default)s)"
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED", help="of both acts (default: 0 1 2 3 4)"
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=list(SEEDS),
+        metavar="SEED",
+        help="of both acts (default: 10 11 12 13 14)",
     )
     parser.add_argument(
         "--epochs", type=int, help=f"of both acts, even (default: {SPARSITY_EPOCHS} in act 1, {FLATNESS_EPOCHS} in 2)"
@@ -183,7 +189,7 @@ def run(argv: list[str]) -> int:
         sizes = {key: write_files(arm, out / "files", key) for key, arm in saves.arms.items()}
         surfaces = measure_surfaces(flat, min(args.seeds), out / "surface")
         first = {name.partition("/")[2].rpartition("-seed")[0]: config for name, config in reversed(configs.items())}
-        del first["sgd-tuned"]  # it takes the time of SGD
+        first = {key: config for key, config in first.items() if not key.endswith("-tuned")}  # these take the same time
         rounds = measure_rounds(first, rounds=ROUNDS)
     named = {f"{arm.label}, SGD": key for key, arm in SPARSITY.items()}  # as `s2sam report` calls the arms of act 1
     named |= {arm.label: key for key, arm in FLATNESS.items() if key in rounds}

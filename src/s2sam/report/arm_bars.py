@@ -57,6 +57,7 @@ def arm_bars(
     form: str | None = None,
     *,
     line: float | None = None,
+    pitch: float = 0.42,
 ) -> Figure:
     """A bar at the mean of each arm, hatched where a value is missing or only a bound; such dots are hollow.
 
@@ -68,8 +69,9 @@ def arm_bars(
         key: unique on the page.
         form: of the means in words; None = :func:`number`.
         line: where a dashed vertical line stands, such as the mean of a reference.
+        pitch: inches from one bar to the next.
     """
-    figure, axes = new_axes(title, unit, height=0.9 + 0.42 * len(values))
+    figure, axes = new_axes(title, unit, height=0.9 + pitch * len(values))
     words = []
     for place, (arm, dots) in enumerate(values.items()):
         series = names.index(arm.treatment)

@@ -64,10 +64,10 @@ def find_surfaces(folder: str | Path, arms: Sequence[Arm]) -> Found:
     return found
 
 
-def surface_section(found: Mapping[Arm, Surface], arms: Sequence[Arm]) -> Section:
-    """Grids (if there are any), lines along single directions, and both Ra."""
+def surface_section(found: Mapping[Arm, Surface], arms: Sequence[Arm], first: str = "from above") -> Section:
+    """Grids (if there are any; `first` seen from this side), lines along single directions, and both Ra."""
     shown = [arm for arm in arms if arm in found]
-    figures = [views(shown, found)] if found[shown[0]].settings.dims == 2 else []
+    figures = [views(shown, found, first)] if found[shown[0]].settings.dims == 2 else []
     with style():
         figures += [_profiles(base, shown, found, arms) for base in dict.fromkeys(arm.base for arm in shown)]
         for key, title in _RA.items():

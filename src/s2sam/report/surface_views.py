@@ -40,12 +40,13 @@ HEIGHT, ELEVATION = 1.4, math.radians(32.0)  #: of the box, whose sides are 2, a
 LEVELS = 9  #: contours
 
 
-def views(arms: Sequence[Arm], found: Grids) -> Figure:
+def views(arms: Sequence[Arm], found: Grids, first: str = "from above") -> Figure:
     """All grids of these arms: from above with their losses, and from four sides.
 
     Args:
         arms: that have a surface, in order.
         found: their surfaces, of two dims, measured in the same way.
+        first: the side, of :data:`SIDES`, that is shown until another one is chosen.
     """
     pairs = range(min(found[arms[0]].settings.pairs, PAIRS))
     top = ceiling([found[arm] for arm in arms])
@@ -57,9 +58,9 @@ def views(arms: Sequence[Arm], found: Grids) -> Figure:
     for pair in pairs:
         maps = "".join(_map(arm.name, found[arm], pair, limits, side, width) for arm in arms)
         body.append(f'<div class="pair pair-{pair}"><div class="maps">{maps}</div></div>')
-    choices = _buttons("view", list(SIDES))
+    choices = _buttons("view", list(SIDES), first)
     if len(pairs) > 1:
-        choices += _buttons("pair", [f"directions {pair + 1}" for pair in pairs])
+        choices += _buttons("pair", [f"directions {pair + 1}" for pair in pairs], "directions 1")
     else:
         choices += '<input type="radio" id="surface-pair-0" checked hidden>'
     html = f'<div class="views">{choices}{"".join(body)}{_scale(*limits)}</div>'
@@ -192,10 +193,11 @@ def _picture(z: Loss, limits: tuple[float, float], azimuth: float, width: int) -
     return buffer.getvalue()
 
 
-def _buttons(group: str, names: Sequence[str]) -> str:
-    """Radio buttons, the first one chosen."""
+def _buttons(group: str, names: Sequence[str], chosen: str) -> str:
+    """Radio buttons, one of them chosen."""
+    on = {chosen: " checked"}
     labels = "".join(
-        f'<label><input type="radio" name="surface-{group}" id="surface-{group}-{i}"{"" if i else " checked"}>'
+        f'<label><input type="radio" name="surface-{group}" id="surface-{group}-{i}"{on.get(name, "")}>'
         f"{escape(name)}</label>"
         for i, name in enumerate(names)
     )
