@@ -410,8 +410,8 @@ def render(
         saves_title=text(SAVES), saves_verdict=text(saves_verdict(saves, sizes)),
         saves_figure=saves_figure(saves, sizes).svg,
         saves_note=text(
-            "A dot is a seed, the diamond their mean. Smaller, not faster: these runs compute with masked dense tensors "
-            "(docs/compact.md has layers that do not)."
+            "A dot is a seed, the diamond their mean. Smaller, not faster: these runs compute with masked dense "
+            "tensors (docs/compact.md has layers that do not)."
         ),
         flat_title=text(FLAT), flat_verdict=text(flat_verdict(flat, noise)), flat_figure=flat_figure(flat).svg,
         flat_note=text(
